@@ -1,0 +1,1 @@
+"""One run: from a frozen config to a finished run directory."""

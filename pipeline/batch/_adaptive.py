@@ -1,0 +1,121 @@
+"""What all adaptive schedules share: when to test, averaging, and the guards on a decision."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pipeline.batch._interface import Decision, Progress, State, round_up
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.gradients.statistics import GradientStatistics
+
+GUARDS = frozenset(
+    "size max_size round_to estimator interval ema growth_cap hold_tokens monotone".split()
+)
+
+
+class Adaptive:
+    """Turns a demanded batch size into decisions. A schedule says which ratio it demands.
+
+    Numerator and denominator are averaged apart, because the ratio of two noisy numbers is biased and the
+    debiased |G|² of one step is often not positive; the ratio is formed of the averages.
+    """
+
+    settings = GUARDS
+
+    def __init__(self, config: Config) -> None:
+        self.batch = config.batch
+        self.multiple = config.batch_multiple
+        self.first = round_up(self.batch.size, self.multiple)
+        # The cap must itself be a multiple: the largest one that does not exceed max_size.
+        self.cap = max(self.first, (self.batch.max_size or self.first) // self.multiple * self.multiple)
+
+    @staticmethod
+    def check(config: Config) -> list[str]:
+        batch, ranks, micro = config.batch, config.parallel.data_ranks, config.data.micro_batch
+        problems = []
+        if batch.max_size is None:
+            problems.append(
+                f"batch.max_size=null: batch.schedule={batch.schedule} needs a cap. "
+                f"A usual choice: {16 * batch.size}"
+            )
+        elif batch.max_size < batch.size:
+            problems.append(
+                f"batch.max_size={batch.max_size}: below batch.size={batch.size}. Nearest: {batch.size}"
+            )
+        if batch.estimator == "microbatch" and round_up(batch.size, config.batch_multiple) < 2 * micro:
+            problems.append(
+                f"batch.size={batch.size}: the variance needs two micro-batches of "
+                f"data.micro_batch={micro}. Nearest batch.size: {2 * micro}; "
+                f"or data.micro_batch={max(1, batch.size // 2)}"
+            )
+        if batch.estimator != "microbatch" and ranks < 2:
+            problems.append(
+                f"batch.estimator={batch.estimator}: compares data-parallel ranks and there is only one. "
+                f"Use batch.estimator=microbatch, or parallel=ddp"
+            )
+        return problems
+
+    def terms(self, statistics: GradientStatistics) -> tuple[float, float]:
+        """Numerator and denominator whose averages give the demanded batch."""
+        raise NotImplementedError
+
+    def start(self) -> tuple[State, Decision]:
+        return State(self.batch.size), Decision(self.first, self.batch.size, "scheduled", {})
+
+    def wants_statistics(self, state: State, step: int) -> bool:
+        # Nothing is left to decide once a batch that never shrinks has reached its cap.
+        if self.batch.monotone and state.requested >= self.cap:
+            return False
+        return step % self.batch.interval == 0
+
+    def decide(
+        self, state: State, progress: Progress, statistics: GradientStatistics | None
+    ) -> tuple[State, Decision]:
+        if statistics is None:
+            return state, self._decision(state.requested, "unmeasured", {})
+        numerator, denominator = self.terms(statistics)
+        ema = self.batch.ema
+        state = replace(
+            state,
+            tests=state.tests + 1,
+            numerator=ema * state.numerator + (1 - ema) * numerator,
+            denominator=ema * state.denominator + (1 - ema) * denominator,
+        )
+        # Both averages started at 0 and share one correction, so their ratio needs none.
+        demanded = _ratio(state.numerator, state.denominator)
+        log = {"test/statistic": demanded, "test/threshold": float(progress.batch)}
+        requested, reason = self._guard(state, progress, demanded)
+        if requested != state.requested:
+            state = replace(state, requested=requested, changed_at_tokens=progress.tokens)
+        return state, self._decision(requested, reason, log)
+
+    def _guard(self, state: State, progress: Progress, demanded: float) -> tuple[float, str]:
+        current = state.requested
+        held = progress.tokens - state.changed_at_tokens < self.batch.hold_tokens
+        if math.isnan(demanded):
+            return current, "unmeasured"
+        if demanded <= current:
+            if self.batch.monotone or demanded == current or current <= self.batch.size:
+                return current, "passed"
+            if held:
+                return current, "held"
+            return max(demanded, current / self.batch.growth_cap, self.batch.size), "shrank"
+        if held:
+            return current, "held"
+        limit = min(current * self.batch.growth_cap, self.cap)
+        return (limit, "capped") if demanded > limit else (demanded, "grew")
+
+    def _decision(self, requested: float, reason: str, log: dict[str, float]) -> Decision:
+        return Decision(min(round_up(requested, self.multiple), self.cap), requested, reason, log)
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """A noise-to-signal ratio: infinite when no signal is left, NaN when nothing was measured."""
+    if math.isnan(numerator) or math.isnan(denominator):
+        return math.nan
+    numerator = max(numerator, 0.0)
+    return numerator / denominator if denominator > 0 else math.inf

@@ -1,0 +1,95 @@
+"""What every batch schedule is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.gradients.statistics import GradientStatistics
+
+
+@dataclass(frozen=True)
+class State:
+    """What a schedule remembers between steps; plain numbers, so that a checkpoint holds them exactly."""
+
+    requested: float  # sequences, before rounding and the cap
+    tests: int = 0  # tested steps so far
+    numerator: float = 0.0  # exponential averages, not yet corrected for their start at 0
+    denominator: float = 0.0
+    changed_at_tokens: int = 0  # tokens seen when the batch last changed
+
+    def to_dict(self) -> dict[str, float | int]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an optimizer step."""
+
+    step: int  # optimizer steps done
+    tokens: int
+    sequences: int
+    batch: int  # sequences of that step
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The batch of the next step."""
+
+    size: int  # sequences: requested, rounded up to a multiple, capped
+    requested: float
+    reason: str  # passed | grew | capped | held | shrank | scheduled | unmeasured
+    log: dict[str, float]  # what the test computed, by metric name
+
+
+class BatchSchedule(Protocol):
+    """One schedule. Pure: the same state, progress and statistics always give the same decision."""
+
+    settings: ClassVar[frozenset[str]]  # the batch.* settings that can change its decisions
+
+    def __init__(self, config: Config) -> None: ...
+
+    @staticmethod
+    def check(config: Config) -> list[str]:
+        """Problems of a config with this schedule, for the user; empty when it can run."""
+        ...
+
+    def start(self) -> tuple[State, Decision]:
+        """The state before the first step and the batch of that step."""
+        ...
+
+    def wants_statistics(self, state: State, step: int) -> bool:
+        """Whether step `step` (counted from 1) is to be measured."""
+        ...
+
+    def decide(
+        self, state: State, progress: Progress, statistics: GradientStatistics | None
+    ) -> tuple[State, Decision]:
+        """The batch of the step after `progress`. `statistics` are of the step just done."""
+        ...
+
+
+def round_up(size: float, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `size` and at least one multiple."""
+    return max(1, -int(-size // multiple)) * multiple
+
+
+def plan(config: Config) -> Iterator[tuple[int, int]]:
+    """(first sequence, batch) of every step of a schedule that needs no measurement.
+
+    The last step shrinks so that the run ends on the budget.
+    """
+    from pipeline.batch import schedule_class
+
+    schedule = schedule_class(config.batch.schedule)(config)
+    state, decision = schedule.start()
+    seen, step, length = 0, 0, config.data.sequence_length
+    while seen < config.budget_sequences:
+        size = min(decision.size, config.budget_sequences - seen)
+        yield seen, size
+        seen, step = seen + size, step + 1
+        state, decision = schedule.decide(state, Progress(step, seen * length, seen, size), None)

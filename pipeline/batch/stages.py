@@ -1,0 +1,75 @@
+"""Stagewise batch warmup, as Nemotron-4 and the baseline of Lau et al. 2024 (section 5) use it."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from pipeline.batch._interface import Decision, Progress, State, round_up
+
+if TYPE_CHECKING:
+    from pipeline.config import Config
+    from pipeline.gradients.statistics import GradientStatistics
+
+
+class Schedule:
+    """`batch.sizes[i]` sequences while the run is inside its i-th share `batch.fractions[i]` of the tokens.
+
+    A step takes the size of the stage in which it starts.
+    """
+
+    settings = frozenset({"sizes", "fractions", "round_to"})
+
+    def __init__(self, config: Config) -> None:
+        assert config.batch.sizes and config.batch.fractions
+        self._sizes = config.batch.sizes
+        self._multiple = config.batch_multiple
+        total = config.budget_sequences
+        self._ends = [round(total * share) for share in accumulate(config.batch.fractions)]
+
+    @staticmethod
+    def check(config: Config) -> list[str]:
+        sizes, fractions = config.batch.sizes, config.batch.fractions
+        if not sizes or not fractions:
+            return ["batch.sizes, batch.fractions: batch.schedule=stages needs both, such as [32, 64] [0.1, 0.9]"]
+        problems = []
+        if len(sizes) != len(fractions):
+            problems.append(
+                f"batch.sizes={sizes} batch.fractions={fractions}: {len(sizes)} sizes for "
+                f"{len(fractions)} fractions; there must be one fraction for each size"
+            )
+        if not math.isclose(sum(fractions), 1.0, abs_tol=1e-9):
+            last = round(1 - sum(fractions[:-1]), 10)
+            hint = f"; {[*fractions[:-1], last]} does" if last > 0 else ""
+            problems.append(
+                f"batch.fractions={fractions}: sum to {sum(fractions):.10g}, they must sum to 1{hint}"
+            )
+        if min(fractions) <= 0:
+            problems.append(f"batch.fractions={fractions}: each must be above 0")
+        unit = config.parallel.data_ranks * config.data.micro_batch
+        if min(sizes) < unit:
+            problems.append(
+                f"batch.sizes={sizes}: {min(sizes)} is smaller than one micro-batch on every rank "
+                f"({config.parallel.data_ranks} ranks × data.micro_batch={config.data.micro_batch}). "
+                f"Nearest: {unit}"
+            )
+        return problems
+
+    def start(self) -> tuple[State, Decision]:
+        decision = self._at(0)
+        return State(decision.requested), decision
+
+    def wants_statistics(self, state: State, step: int) -> bool:
+        return False
+
+    def decide(
+        self, state: State, progress: Progress, statistics: GradientStatistics | None
+    ) -> tuple[State, Decision]:
+        decision = self._at(progress.sequences)
+        return State(decision.requested), decision
+
+    def _at(self, sequences: int) -> Decision:
+        stage = next((i for i, end in enumerate(self._ends) if sequences < end), len(self._sizes) - 1)
+        size = self._sizes[stage]
+        return Decision(round_up(size, self._multiple), size, "scheduled", {})

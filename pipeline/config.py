@@ -1,0 +1,473 @@
+"""The typed configuration of a run and every check that spans its fields.
+
+Hydra composes YAML; `parse` turns the composed tree into the dataclasses below and refuses what does not
+fit; `check` refuses values that fit but cannot work together. Defaults live in conf/config.yaml alone.
+Nothing here imports torch: the command line, the preview and the launchers need this before a run starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import pipeline.batch as batch_schedules
+
+Tokens = Annotated[int, "tokens"]  # accepts 300k, 2M, 1.5B
+
+BYTE_VOCABULARY = 257  # 256 bytes and the end-of-document token
+
+
+class ConfigError(ValueError):
+    """The request itself is wrong. Says what was given, what is allowed and the nearest valid value."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    tokens: Tokens
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    tied: bool
+    rope_theta: float
+    norm_eps: float
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters(self) -> int:
+        attention = 2 * self.width**2 + 2 * self.width * self.kv_heads * self.head_width
+        block = attention + 3 * self.width * self.ffn + 2 * self.width
+        embeddings = self.vocab * self.width * (1 if self.tied else 2)
+        return self.layers * block + embeddings + self.width
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: Literal["stdlib", "text"]
+    files: list[str]
+    field: str
+    tokenizer: str
+    sequence_length: int
+    micro_batch: int
+    validation_fraction: float
+    seed: int
+    workers: int | None
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    strategy: Literal["single", "ddp"]
+    replicate: int
+    shard: int
+    tensor: int
+    precision: Literal["float32", "bfloat16"]
+    compile: bool
+    activation_checkpointing: bool
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks that read different sequences."""
+        return self.replicate * self.shard
+
+    @property
+    def world_size(self) -> int:
+        return self.data_ranks * self.tensor
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    schedule: str
+    size: int
+    max_size: int | None
+    round_to: int | None
+    sizes: list[int] | None
+    fractions: list[float] | None
+    eta: float
+    estimator: Literal["microbatch", "worker", "paper"]
+    signal: Literal["plain", "debiased"]
+    interval: int
+    ema: float
+    growth_cap: float
+    hold_tokens: Tokens
+    monotone: bool
+
+
+@dataclass(frozen=True)
+class SyncConfig:
+    method: Literal["allreduce"]
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw"]
+    lr: float
+    weight_decay: float
+    betas: list[float]
+    eps: float
+    clip: float | None
+
+
+@dataclass(frozen=True)
+class LearningRateConfig:
+    schedule: Literal["cosine", "warmup_stable_decay"]
+    warmup_tokens: Tokens | None
+    warmup_steps: int | None
+    min_ratio: float
+    decay_fraction: float
+    batch_scaling: Literal["none", "sqrt", "linear"]
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    interval_tokens: Tokens | None
+    sequences: int
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    interval_tokens: Tokens | None
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    mode: Literal["offline", "online", "disabled"]
+    project: str
+    entity: str | None
+    group: str | None
+    tags: list[str]
+    every: int
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    device: Literal["auto", "cpu", "cuda"]
+    cpus_per_task: int | None
+    max_parallel: int
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    name: str | None
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Config:
+    seed: int
+    budget: BudgetConfig
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig
+    batch: BatchConfig
+    sync: SyncConfig
+    optim: OptimConfig
+    lr: LearningRateConfig
+    eval: EvalConfig
+    checkpoint: CheckpointConfig
+    track: TrackConfig
+    launch: LaunchConfig
+    sweep: SweepConfig
+
+    @property
+    def budget_sequences(self) -> int:
+        """Sequences of the whole run: the last whole one inside the token budget."""
+        return self.budget.tokens // self.data.sequence_length
+
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens the run trains on, at most `budget.tokens`."""
+        return self.budget_sequences * self.data.sequence_length
+
+    @property
+    def batch_multiple(self) -> int:
+        """Applied batch sizes are multiples of this many sequences."""
+        return self.batch.round_to or self.parallel.data_ranks * self.data.micro_batch
+
+
+# --- tree -> dataclasses ---------------------------------------------------------------------------------
+
+T = TypeVar("T")
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+    """The typed config of a composed tree. Raises ConfigError with every misspelt key and wrong type."""
+    problems: list[str] = []
+    config = _convert(Config, tree, "", problems)
+    if problems:
+        raise ConfigError(*problems)
+    return config
+
+
+def to_tree(config: object) -> Any:
+    """The inverse of `parse`: plain dicts, lists and scalars."""
+    if is_dataclass(config):
+        return {f.name: to_tree(getattr(config, f.name)) for f in fields(config)}
+    return list(config) if isinstance(config, (list, tuple)) else config
+
+
+def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the schema, groups included."""
+    keys = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if is_dataclass(hint):
+            keys += known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def nearest(word: str, candidates: Sequence[str]) -> str | None:
+    """The candidate a user most likely meant: the closest spelling, first of the last part of a dotted key."""
+    if match := difflib.get_close_matches(word, candidates, n=1, cutoff=0.6):
+        return match[0]
+    leaf = word.rsplit(".", 1)[-1]
+    leaves = {candidate.rsplit(".", 1)[-1]: candidate for candidate in reversed(candidates)}
+    match = difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.75)
+    return leaves[match[0]] if match else None
+
+
+def unknown_key(key: str) -> str:
+    hint = nearest(key, known_keys())
+    return f"{key}: no such setting." + (f" Did you mean {hint}?" if hint else "")
+
+
+def _convert(kind: type[T], tree: Any, path: str, problems: list[str]) -> T:
+    if not isinstance(tree, Mapping):
+        problems.append(f"{path}: is a group of settings, not {_show(tree)}")
+        return None  # type: ignore[return-value]
+    prefix = f"{path}." if path else ""
+    hints = get_type_hints(kind, include_extras=True)
+    problems += [unknown_key(f"{prefix}{key}") for key in tree if key not in hints]
+    values = {}
+    for name, hint in hints.items():
+        key = f"{prefix}{name}"
+        if name not in tree:
+            problems.append(f"{key}: missing")
+        elif is_dataclass(hint):
+            values[name] = _convert(hint, tree[name], key, problems)  # type: ignore[arg-type]
+        else:
+            try:
+                values[name] = _value(hint, tree[name])
+            except ValueError as error:
+                problems.append(f"{key}={_show(tree[name])}: {error}")
+    return kind(**{name: values.get(name) for name in hints})
+
+
+def _value(hint: Any, value: Any) -> Any:
+    """`value` as the type `hint`, or ValueError saying what is allowed."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return parse_tokens(value)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _value(arguments[0], value)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        hit = nearest(str(value), list(arguments))
+        raise ValueError(f"one of {', '.join(arguments)}" + (f". Did you mean {hit}?" if hit else ""))
+    if origin is list:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ValueError(f"a list of {arguments[0].__name__}, such as [a, b]")
+        return [_value(arguments[0], item) for item in value]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is float and not math.isfinite(value):
+            raise ValueError("a finite number")
+        return value
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    raise ValueError(f"{names[hint]} is needed, not {type(value).__name__}")
+
+
+def parse_tokens(value: object) -> int:
+    """A token count: 300000, 300k, 2M, 1.5B. Raises ValueError for anything else."""
+    units = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+    if isinstance(value, str) and value[-1:] in units:
+        try:
+            tokens = float(value[:-1]) * units[value[-1]]
+        except ValueError:
+            tokens = math.nan
+        if tokens == tokens and tokens.is_integer():
+            value = int(tokens)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 1e6
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError("a count of tokens is needed, such as 300000, 300k, 2M or 1.5B")
+    return value
+
+
+def _show(value: object) -> str:
+    return "null" if value is None else str(value)
+
+
+# --- checks across fields --------------------------------------------------------------------------------
+
+
+def check(config: Config) -> None:
+    """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
+    problems = [
+        *_check_positive(config),
+        *_check_model(config.model, config.parallel, config.data),
+        *_check_parallel(config.parallel),
+        *_check_data(config),
+        *_check_batch(config),
+        *_check_optimisation(config),
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+_POSITIVE = (
+    "budget.tokens model.layers model.width model.heads model.kv_heads model.ffn model.vocab "
+    "data.sequence_length data.micro_batch data.workers parallel.replicate parallel.shard parallel.tensor "
+    "batch.size batch.max_size batch.round_to batch.interval eval.interval_tokens eval.sequences "
+    "checkpoint.interval_tokens track.every launch.cpus_per_task launch.max_parallel "
+    "optim.lr optim.eps optim.clip batch.eta model.norm_eps model.rope_theta"
+).split()
+
+
+def get(config: object, key: str) -> Any:
+    """The value at a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _check_positive(config: Config) -> list[str]:
+    values = {key: get(config, key) for key in _POSITIVE}
+    return [f"{k}={v}: must be above 0" for k, v in values.items() if v is not None and v <= 0]
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` on both sides of `value`, for an error message."""
+    below, above = value // divisor * divisor, -(-value // divisor) * divisor
+    return f"{above}" if below == 0 else f"{below} or {above}"
+
+
+def _divides(divisor_key: str, divisor: int, key: str, value: int) -> list[str]:
+    if divisor <= 0 or value % divisor == 0:
+        return []
+    return [
+        f"{key}={value}: not divisible by {divisor_key}={divisor}. "
+        f"Nearest {key}: {nearest_multiples(value, divisor)}"
+    ]
+
+
+def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig) -> list[str]:
+    problems = [
+        *_divides("model.heads", model.heads, "model.width", model.width),
+        *_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads),
+    ]
+    if model.heads > 0 and model.width % model.heads == 0 and model.head_width % 2:
+        problems.append(
+            f"model.width={model.width} / model.heads={model.heads} = {model.head_width}: rotary embeddings "
+            f"need an even head width. Nearest model.width: {nearest_multiples(model.width, 2 * model.heads)}"
+        )
+    if parallel.tensor > 1:
+        for key in ("heads", "kv_heads", "ffn", "vocab"):
+            value = getattr(model, key)
+            problems += _divides("parallel.tensor", parallel.tensor, f"model.{key}", value)
+        problems += _divides(
+            "parallel.tensor", parallel.tensor, "data.sequence_length", data.sequence_length
+        )
+    if data.tokenizer == "bytes" and model.vocab < BYTE_VOCABULARY:
+        problems.append(
+            f"model.vocab={model.vocab}: byte tokens need {BYTE_VOCABULARY} (256 bytes and the end of a "
+            f"document). Nearest multiple of 16: 272"
+        )
+    return problems
+
+
+def _check_parallel(parallel: ParallelConfig) -> list[str]:
+    used = {"single": [], "ddp": ["replicate"]}[parallel.strategy]
+    return [
+        f"parallel.{axis}={getattr(parallel, axis)}: parallel={parallel.strategy} does not use this axis; "
+        f"it must be 1"
+        for axis in ("replicate", "shard", "tensor")
+        if axis not in used and getattr(parallel, axis) != 1
+    ]
+
+
+def _check_data(config: Config) -> list[str]:
+    data, problems = config.data, []
+    if data.source == "text" and not data.files:
+        problems.append("data.files=[]: data=text needs at least one file or glob")
+    if not 0 < data.validation_fraction < 1:
+        problems.append(f"data.validation_fraction={data.validation_fraction}: must lie between 0 and 1")
+    return problems
+
+
+def _check_batch(config: Config) -> list[str]:
+    batch, ranks, micro = config.batch, config.parallel.data_ranks, config.data.micro_batch
+    unit = ranks * micro
+    if min(ranks, micro, batch.size, config.data.sequence_length) <= 0:
+        return []  # already reported
+    problems = []
+    if batch.size < unit:
+        problems.append(
+            f"batch.size={batch.size}: smaller than one micro-batch on every rank ({ranks} ranks × "
+            f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
+        )
+    if batch.round_to:
+        problems += _divides("ranks × data.micro_batch", unit, "batch.round_to", batch.round_to)
+    if config.budget_sequences < batch.size:
+        problems.append(
+            f"budget.tokens={config.budget.tokens}: less than one batch (batch.size={batch.size} × "
+            f"data.sequence_length={config.data.sequence_length} = "
+            f"{batch.size * config.data.sequence_length} tokens)"
+        )
+    if not 0 <= batch.ema < 1:
+        problems.append(f"batch.ema={batch.ema}: must be at least 0 and below 1")
+    if batch.growth_cap <= 1:
+        problems.append(f"batch.growth_cap={batch.growth_cap}: must be above 1")
+    if batch.schedule not in batch_schedules.names():
+        hit = nearest(batch.schedule, batch_schedules.names())
+        problems.append(
+            f"batch.schedule={batch.schedule}: one of {', '.join(batch_schedules.names())}"
+            + (f". Did you mean {hit}?" if hit else "")
+        )
+    else:
+        problems += batch_schedules.schedule_class(batch.schedule).check(config)
+    return problems
+
+
+def _check_optimisation(config: Config) -> list[str]:
+    lr, optim, problems = config.lr, config.optim, []
+    if (lr.warmup_tokens is None) == (lr.warmup_steps is None):
+        problems.append(
+            f"lr.warmup_tokens={_show(lr.warmup_tokens)} lr.warmup_steps={_show(lr.warmup_steps)}: "
+            f"set one and leave the other null"
+        )
+    if lr.warmup_tokens is not None and lr.warmup_tokens > config.budget.tokens:
+        problems.append(
+            f"lr.warmup_tokens={lr.warmup_tokens}: longer than the run (budget.tokens={config.budget.tokens})"
+        )
+    if lr.warmup_steps is not None and lr.warmup_steps < 0:
+        problems.append(f"lr.warmup_steps={lr.warmup_steps}: must not be negative")
+    if not 0 <= lr.min_ratio <= 1:
+        problems.append(f"lr.min_ratio={lr.min_ratio}: must lie between 0 and 1")
+    if not 0 < lr.decay_fraction <= 1:
+        problems.append(f"lr.decay_fraction={lr.decay_fraction}: must be above 0 and at most 1")
+    if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
+        problems.append(f"optim.betas={optim.betas}: two numbers, each at least 0 and below 1")
+    if optim.weight_decay < 0:
+        problems.append(f"optim.weight_decay={optim.weight_decay}: must not be negative")
+    return problems

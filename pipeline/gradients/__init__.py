@@ -1,0 +1,1 @@
+"""Gradient statistics: pure formulas in statistics.py, and one file per way to see a gradient."""

@@ -1,0 +1,41 @@
+"""The id of a run: a hash of everything that can change its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pipeline.batch as batch_schedules
+from pipeline.config import Config, to_tree
+
+SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
+
+# Where and how a run is executed, shown and named, but not what it computes. data.files is excluded as
+# well: paths differ between machines, and data.fingerprint says which text they hold.
+_EXCLUDED = ("launch", "track", "sweep", "model.name", "data.workers", "data.files")
+
+
+def identity_fields(config: Config) -> dict[str, Any]:
+    """The settings that decide the result: no launch, tracking, names, paths, worker counts.
+
+    Settings of the batch group that its schedule does not read are left out too, so that
+    `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two.
+    """
+    tree: dict[str, Any] = to_tree(config)
+    for key in _EXCLUDED:
+        group, _, leaf = key.partition(".")
+        if leaf:
+            del tree[group][leaf]
+        else:
+            del tree[group]
+    read = batch_schedules.schedule_class(config.batch.schedule).settings | {"schedule"}
+    tree["batch"] = {key: value for key, value in tree["batch"].items() if key in read}
+    return tree
+
+
+def run_id(config: Config) -> str:
+    """10 hex digits. Raises ValueError for a value without a canonical form (NaN, infinity)."""
+    fields = {"schema": SCHEMA_VERSION, **identity_fields(config)}
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:10]

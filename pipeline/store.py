@@ -1,0 +1,220 @@
+"""The run directory: frozen config, status, lock and the metrics record.
+
+    runs/<id>/config.yaml  status.json  metrics.jsonl  checkpoints/  wandb/  logs/  lock
+
+Everything a reader may see is replaced atomically or appended as one whole line, so a reader (or a restart
+after kill -9) never meets half a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pipeline.config import Config, ConfigError, parse, to_tree
+from pipeline.identity import run_id
+
+State = Literal["PENDING", "RUNNING", "DONE", "FAILED", "PREEMPTED", "CANCELLED"]
+Row = dict[str, Any]
+
+
+def home() -> Path:
+    """Where runs/, sweeps/, reports/ and corpora/ live: CRESCENDO_HOME, else the current directory."""
+    return Path(os.environ.get("CRESCENDO_HOME") or ".").resolve()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` whole: a reader sees the old or the new text, also after a power cut."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@dataclass(frozen=True)
+class Status:
+    """status.json. Times are Unix seconds; `error` is one line, the whole story is in logs/."""
+
+    state: State
+    attempt: int = 0
+    step: int = 0
+    tokens_seen: int = 0
+    budget_tokens: int = 0
+    started: float | None = None
+    updated: float | None = None
+    host: str | None = None
+    job: str | None = None
+    exit_code: int | None = None
+    error: str | None = None
+
+
+class AlreadyRunning(RuntimeError):
+    """Another live process holds the run's lock."""
+
+
+class RunDirectory:
+    """runs/<id>. `RunDirectory.of(config)` names it, `freeze` creates it, the rest reads and writes it."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.id = self.path.name
+        self.config_file = self.path / "config.yaml"
+        self.status_file = self.path / "status.json"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+
+    @classmethod
+    def of(cls, config: Config) -> RunDirectory:
+        return cls(home() / "runs" / run_id(config))
+
+    @classmethod
+    def find(cls, id_or_path: str) -> RunDirectory:
+        """The run with this id (or a unique beginning of it), or at this path. Raises ConfigError."""
+        if (Path(id_or_path) / "config.yaml").exists():
+            return cls(Path(id_or_path).resolve())
+        runs = home() / "runs"
+        hits = sorted(p.parent for p in runs.glob(f"{id_or_path}*/config.yaml"))
+        if len(hits) == 1:
+            return cls(hits[0])
+        what = f"matches {len(hits)} runs" if hits else "no such run"
+        raise ConfigError(f"{id_or_path}: {what} in {runs}")
+
+    # config
+
+    def freeze(self, config: Config) -> None:
+        """Writes config.yaml once; later attempts read this file and nothing else."""
+        if not self.config_file.exists():
+            write_atomically(self.config_file, yaml.safe_dump(to_tree(config), sort_keys=False))
+            self.write_status(Status("PENDING", budget_tokens=config.budget_tokens))
+
+    def config(self) -> Config:
+        try:
+            tree = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{self.path}: holds no config.yaml, so it is no run directory") from None
+        return parse(tree)
+
+    # status
+
+    def status(self) -> Status | None:
+        """None when nothing was started or submitted here."""
+        try:
+            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def write_status(self, status: Status) -> None:
+        status = dataclasses.replace(status, updated=time.time())
+        write_atomically(self.status_file, json.dumps(dataclasses.asdict(status), indent=1) + "\n")
+
+    def update_status(self, **changes: Any) -> None:
+        self.write_status(dataclasses.replace(self.status() or Status("PENDING"), **changes))
+
+    # lock
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run while the block runs. Raises AlreadyRunning, naming the holder.
+
+        An flock: the kernel drops it when the holder dies, however it dies, so a dead holder's run is free
+        at once and two takers cannot both win.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise AlreadyRunning(f"run {self.id} is being run by {file.read().strip()}") from None
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+            file.flush()
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a live process holds the run right now."""
+        try:
+            with open(self.path / "lock", encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    # metrics
+
+    def rows(self) -> list[Row]:
+        """The record, one row per logged step: re-executed steps appear once, from the latest attempt."""
+        return supersede(read_rows(self.metrics_file))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Every whole line of a metrics.jsonl, in order; a torn last line is left out."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    return [_decode(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+
+def supersede(rows: list[Row]) -> list[Row]:
+    """Without what a later attempt did again: an attempt that starts at step s replaces all earlier rows
+    at s and after."""
+    first_step: dict[int, int] = {}
+    for row in rows:
+        first_step[row["attempt"]] = min(row["step"], first_step.get(row["attempt"], row["step"]))
+    return [
+        row
+        for row in rows
+        if all(attempt <= row["attempt"] or row["step"] < step for attempt, step in first_step.items())
+    ]
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl, each as one write of one whole line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        data = path.read_bytes()
+        if not data.endswith(b"\n"):  # a write torn by a full disk or a power cut
+            os.ftruncate(self._fd, data.rfind(b"\n") + 1)
+
+    def write(self, row: Row) -> None:
+        os.write(self._fd, (json.dumps(_encode(row), allow_nan=False) + "\n").encode())
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _encode(row: Row) -> Row:
+    return {k: _non_finite_name(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _non_finite_name(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _decode(row: Row) -> Row:
+    return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}
