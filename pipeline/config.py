@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pipeline.batch as batch_schedules
+import pipeline.parallel as strategies
 
 Tokens = Annotated[int, "tokens"]  # accepts 300k, 2M, 1.5B
 
@@ -75,7 +76,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["single", "ddp"]
+    strategy: str
     replicate: int
     shard: int
     tensor: int
@@ -396,8 +397,17 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig)
     return problems
 
 
+def _one_of(key: str, value: str, options: Sequence[str]) -> list[str]:
+    if value in options:
+        return []
+    hit = nearest(value, options)
+    return [f"{key}={value}: one of {', '.join(options)}" + (f". Did you mean {hit}?" if hit else "")]
+
+
 def _check_parallel(parallel: ParallelConfig) -> list[str]:
-    used = {"single": [], "ddp": ["replicate"]}[parallel.strategy]
+    if unknown := _one_of("parallel.strategy", parallel.strategy, strategies.names()):
+        return unknown
+    used = strategies.load(parallel.strategy).AXES
     return [
         f"parallel.{axis}={getattr(parallel, axis)}: parallel={parallel.strategy} does not use this axis; "
         f"it must be 1"
@@ -438,15 +448,9 @@ def _check_batch(config: Config) -> list[str]:
         problems.append(f"batch.ema={batch.ema}: must be at least 0 and below 1")
     if batch.growth_cap <= 1:
         problems.append(f"batch.growth_cap={batch.growth_cap}: must be above 1")
-    if batch.schedule not in batch_schedules.names():
-        hit = nearest(batch.schedule, batch_schedules.names())
-        problems.append(
-            f"batch.schedule={batch.schedule}: one of {', '.join(batch_schedules.names())}"
-            + (f". Did you mean {hit}?" if hit else "")
-        )
-    else:
-        problems += batch_schedules.schedule_class(batch.schedule).check(config)
-    return problems
+    if unknown := _one_of("batch.schedule", batch.schedule, batch_schedules.names()):
+        return problems + unknown
+    return problems + batch_schedules.schedule_class(batch.schedule).check(config)
 
 
 def _check_optimisation(config: Config) -> list[str]:

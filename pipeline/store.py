@@ -29,6 +29,8 @@ from pipeline.identity import run_id
 State = Literal["PENDING", "RUNNING", "DONE", "FAILED", "PREEMPTED", "CANCELLED"]
 Row = dict[str, Any]
 
+_TAIL_BYTES = 16384  # holds some twenty rows
+
 
 def home() -> Path:
     """Where runs/, sweeps/, reports/ and corpora/ live: CRESCENDO_HOME, else the current directory."""
@@ -164,6 +166,17 @@ class RunDirectory:
     def rows(self) -> list[Row]:
         """The record, one row per logged step: re-executed steps appear once, from the latest attempt."""
         return supersede(read_rows(self.metrics_file))
+
+    def last_row(self) -> Row | None:
+        """The newest training row, read from the end of the record: cheap enough for a live table."""
+        try:
+            with open(self.metrics_file, "rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                lines = file.read().split(b"\n")[1 if file.tell() > _TAIL_BYTES else 0 : -1]
+        except FileNotFoundError:
+            return None
+        rows = (_decode(json.loads(line)) for line in reversed(lines))
+        return next((row for row in rows if "train/loss" in row), None)
 
 
 def read_rows(path: Path) -> list[Row]:

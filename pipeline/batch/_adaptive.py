@@ -25,6 +25,7 @@ class Adaptive:
     """
 
     settings = GUARDS
+    measures = True
 
     def __init__(self, config: Config) -> None:
         self.batch = config.batch
@@ -75,9 +76,9 @@ class Adaptive:
     def decide(
         self, state: State, progress: Progress, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
-        if statistics is None:
+        numerator, denominator = self.terms(statistics) if statistics else (math.nan, math.nan)
+        if math.isnan(numerator) or math.isnan(denominator):
             return state, self._decision(state.requested, "unmeasured", {})
-        numerator, denominator = self.terms(statistics)
         ema = self.batch.ema
         state = replace(
             state,
@@ -96,8 +97,6 @@ class Adaptive:
     def _guard(self, state: State, progress: Progress, demanded: float) -> tuple[float, str]:
         current = state.requested
         held = progress.tokens - state.changed_at_tokens < self.batch.hold_tokens
-        if math.isnan(demanded):
-            return current, "unmeasured"
         if demanded <= current:
             if self.batch.monotone or demanded == current or current <= self.batch.size:
                 return current, "passed"
@@ -114,8 +113,5 @@ class Adaptive:
 
 
 def _ratio(numerator: float, denominator: float) -> float:
-    """A noise-to-signal ratio: infinite when no signal is left, NaN when nothing was measured."""
-    if math.isnan(numerator) or math.isnan(denominator):
-        return math.nan
-    numerator = max(numerator, 0.0)
-    return numerator / denominator if denominator > 0 else math.inf
+    """A noise-to-signal ratio: infinite when no signal is left."""
+    return max(numerator, 0.0) / denominator if denominator > 0 else math.inf

@@ -50,6 +50,7 @@ class BatchSchedule(Protocol):
     """One schedule. Pure: the same state, progress and statistics always give the same decision."""
 
     settings: ClassVar[frozenset[str]]  # the batch.* settings that can change its decisions
+    measures: ClassVar[bool]  # whether it ever wants statistics; if not, nothing is installed to take them
 
     def __init__(self, config: Config) -> None: ...
 

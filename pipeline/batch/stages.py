@@ -20,6 +20,7 @@ class Schedule:
     """
 
     settings = frozenset({"sizes", "fractions", "round_to"})
+    measures = False
 
     def __init__(self, config: Config) -> None:
         assert config.batch.sizes and config.batch.fractions

@@ -1,0 +1,68 @@
+"""python -m pipeline: one run here, or with -m a sweep. Imports no torch before a run starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from pipeline.config import Config
+from pipeline.freeze import compose_point
+from pipeline.overrides import explain
+from pipeline.store import RunDirectory
+
+
+def main() -> int:
+    """The exit code: 0 all well, 1 a run failed, 2 the request is wrong, 130 interrupted."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit code 1
+    arguments = sys.argv[1:]
+    if _chooses_launcher(arguments):
+        sys.argv.insert(1, "--multirun")
+    try:
+        return max((_run(compose_point(tree)) for tree in _composed()), default=0)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        problems = explain(error, arguments)
+        if problems is None:
+            raise
+        print(*problems, sep="\n", file=sys.stderr)
+        print("All settings and options: python -m pipeline --help", file=sys.stderr)
+        return 2
+
+
+def _chooses_launcher(arguments: list[str]) -> bool:
+    """Hydra ignores hydra/launcher= without -m; a preview of one run would train it."""
+    return any(a.startswith("hydra/launcher=") for a in arguments) and not any(
+        a.startswith("-") for a in arguments
+    )
+
+
+def _composed() -> list[DictConfig]:
+    """The composed tree of a single run; none after --help, --cfg or a sweep, whose launcher runs it.
+
+    The run itself starts outside Hydra, which would wrap its exceptions and write about them.
+    """
+    trees: list[DictConfig] = []
+
+    @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+    def collect(tree: DictConfig) -> None:
+        trees.append(tree)
+
+    collect()
+    return trees
+
+
+def _run(config: Config) -> int:
+    run = RunDirectory.of(config)
+    run.freeze(config)
+    from pipeline import worker
+
+    return worker.main([str(run.path)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Explains a request that Hydra rejected: what was given, what is allowed, the nearest match."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config import ConfigError, known_keys, nearest, unknown_key
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+_SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'")
+_NO_SUCH_KEY = re.compile(r"Could not (?:override|delete|delete from config\.) '([^'=]+)")
+_GIVEN_TWICE = re.compile(r"Multiple values for ([^\s.]+)\. To override a value use 'override \S+: (.*)'")
+
+
+def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | None:
+    """One line for each mistake of the user in `arguments`; None when `error` is none of theirs."""
+    text = str(error)
+    match error:
+        case ConfigError():
+            return error.problems
+        case OverrideParseException():
+            return (_unreadable(error),)
+        case MissingConfigException() if error.missing_cfg_file and error.options:
+            return (_no_such_option(error.missing_cfg_file, error.options),)
+        case CompactHydraException():
+            return (_rejected(text),)
+        case OmegaConfBaseException():  # an interpolation that leads nowhere
+            return (f"{error.full_key}: {text.splitlines()[0]}",)
+        case ValueError() if text.startswith("Config group override must be a string"):
+            return tuple(_value_for_a_group(arguments)) or (text,)
+        case ValueError() if text.startswith(("Only one of --run", "The --resolve flag")):
+            return (text,)
+    return None
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    if "=" not in error.override and not error.override.startswith("~"):
+        hint = nearest(error.override, [*_group_names(), *known_keys()])
+        value = _options(hint)[0] if hint in _group_names() else "…"
+        example = f", such as {hint}={value}" if hint else ""
+        return f"{error.override}: not of the form setting=value{example}"
+    reason = error.message.removeprefix(f"Error parsing override '{error.override}'\n").splitlines()[0]
+    reason = reason.partition(" expecting {")[0]
+    return (
+        f"{error.override}: cannot be read ({reason}). A list is key=[a,b]; "
+        f"a value with special characters needs two pairs of quotes: 'key=\"…\"'"
+    )
+
+
+def _no_such_option(missing: str, options: Sequence[str]) -> str:
+    group, _, option = missing.rpartition("/")
+    hint = nearest(option.lower(), options)
+    return (
+        f"{group}={option}: no such option of {group}."
+        + (f" Did you mean {hint}?" if hint else "")
+        + f" Options: {', '.join(options)}"
+    )
+
+
+def _rejected(text: str) -> str:
+    if found := _SEVERAL_VALUES.match(text):
+        again = f"python -m pipeline -m {shlex.quote(found[1])} …"
+        return f"{found[1]}: several values make a sweep, which needs -m: {again}"
+    if found := _GIVEN_TWICE.match(text):
+        return f"+{found[1]}={found[2]}: {found[1]} has a value already; leave out the +"
+    if found := _NO_SUCH_KEY.match(text):
+        if found[1].startswith("hydra"):
+            return f"{found[1]}: Hydra has no such setting"
+        return unknown_key(found[1])
+    return text.partition("\nConfig search path")[0]
+
+
+def _value_for_a_group(arguments: Sequence[str]) -> list[str]:
+    groups = _group_names()
+    return [
+        f"{argument}: {key} is a group of settings, its options are {', '.join(_options(key))}; "
+        f"one setting of it is {key}.<name>=…"
+        for argument in arguments
+        for key, _, value in [argument.lstrip("+").partition("=")]
+        if key in groups and value not in _options(key)
+    ]
+
+
+def _group_names() -> list[str]:
+    return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh CRESCENDO_HOME, without wandb unless a test asks for it."""
+    monkeypatch.setenv("CRESCENDO_HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a real text of some 600 kB that is tokenised in milliseconds."""
+    directory = tmp_path_factory.mktemp("text")
+    library = Path(sysconfig.get_path("stdlib"))
+    for source in sorted(library.glob("[a-d]*.py")):
+        (directory / f"{source.stem}.txt").write_bytes(source.read_bytes())
+    return ["data=text", f"data.files=[{directory}/*.txt]", "data.validation_fraction=0.1", "data.workers=1"]

@@ -1,0 +1,77 @@
+"""Refused configs: what the message says."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.config import ConfigError, known_keys, parse, parse_tokens, to_tree
+from tests.support import compose_tree, config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+batch.etaa=0.3"], "batch.etaa: no such setting. Did you mean batch.eta?"),
+        (["+optimizer.lr=0.3"], "optimizer: no such setting. Did you mean optim?"),
+        (["batch.size=many"], "batch.size=many: a whole number is needed, not str"),
+        (["batch.size=8.5"], "batch.size=8.5: a whole number is needed, not float"),
+        (["model.tied=1"], "model.tied=1: true or false is needed, not int"),
+        (["data.files=a.txt"], "data.files=a.txt: a list of str, such as [a, b]"),
+        (["optim.lr=inf"], "optim.lr=inf: a finite number"),
+        (["budget.tokens=2Q"], "budget.tokens=2Q: a count of tokens is needed, such as 300000, 300k, 2M or 1.5B"),
+        (["parallel.precision=bf16"], "one of float32, bfloat16. Did you mean bfloat16?"),
+        (["model.heads=5"], "model.width=64: not divisible by model.heads=5. Nearest model.width: 60 or 65"),
+        (["model.kv_heads=3"], "model.heads=4: not divisible by model.kv_heads=3. Nearest model.heads: 3 or 6"),
+        (["model.width=68"], "68 / model.heads=4 = 17: rotary embeddings need an even head width"),
+        (["model.vocab=200"], "model.vocab=200: byte tokens need 257"),
+        (["parallel.tensor=3"], "model.vocab=272: not divisible by parallel.tensor=3. Nearest model.vocab: 270 or 273"),
+        (["parallel.tensor=3"], "model.heads=4: not divisible by parallel.tensor=3. Nearest model.heads: 3 or 6"),
+        (["parallel.tensor=3"], "data.sequence_length=256: not divisible by parallel.tensor=3"),
+        (["parallel.replicate=2"], "parallel=single does not use this axis; it must be 1"),
+        (["parallel=ddp", "batch.size=6"], "(2 ranks × data.micro_batch=4 = 8). Nearest batch.size: 8"),
+        (["batch.round_to=6"], "batch.round_to=6: not divisible by ranks × data.micro_batch=4"),
+        (["budget.tokens=5k"], "less than one batch (batch.size=32 × data.sequence_length=256 = 8192 tokens)"),
+        (["data=text"], "data=text needs at least one file or glob"),
+        (["lr.warmup_steps=10"], "set one and leave the other null"),
+        (["lr.warmup_tokens=3M"], "longer than the run (budget.tokens=2000000)"),
+        (["optim.betas=[0.9]"], "two numbers, each at least 0 and below 1"),
+        (["batch.size=0"], "batch.size=0: must be above 0"),
+        (["batch.ema=1.0"], "batch.ema=1.0: must be at least 0 and below 1"),
+    ],
+)  # fmt: skip
+def test_message(overrides: list[str], message: str):
+    with pytest.raises(ConfigError) as refused:
+        config(*overrides)
+    assert message in str(refused.value)
+
+
+def test_all_problems_are_reported_at_once():
+    with pytest.raises(ConfigError) as refused:
+        config("batch.size=2", "model.kv_heads=3", "optim.betas=[2,0]")
+    assert len(refused.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [(300, 300), ("300k", 300_000), ("2M", 2_000_000), ("1.5B", 1_500_000_000), (1e6, 10**6), ("0.5k", 500)],
+)
+def test_token_counts(text: object, tokens: int):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.0005k", -1, True, "nanM", "1e400k", None, 1.5])
+def test_no_token_counts(text: object):
+    with pytest.raises(ValueError, match="count of tokens"):
+        parse_tokens(text)
+
+
+def test_round_trip():
+    assert parse(to_tree(config("batch=stages"))) == config("batch=stages")
+
+
+def test_every_setting_has_its_default_in_the_composed_tree():
+    missing = compose_tree()
+    del missing["seed"]
+    with pytest.raises(ConfigError, match="seed: missing"):
+        parse(missing)
+    assert "batch.eta" in known_keys()

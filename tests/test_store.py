@@ -1,0 +1,158 @@
+"""The run directory: what survives crashes, races and restarts."""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.store import AlreadyRunning, MetricsWriter, RunDirectory, read_rows, supersede, write_atomically
+from tests.support import config
+
+
+def row(step: int, attempt: int = 1, **values: object) -> dict[str, object]:
+    return {"step": step, "attempt": attempt, "train/loss": 1.0, **values}
+
+
+def test_frozen_config_is_read_back_and_never_rewritten(home: Path):
+    run = RunDirectory.of(config("batch=norm_test"))
+    run.freeze(config("batch=norm_test"))
+    assert run.config() == config("batch=norm_test")
+    assert (run.status().state, run.status().budget_tokens) == ("PENDING", 1_999_872)
+    before = run.config_file.read_bytes()
+    run.freeze(config("batch=norm_test", "launch.max_parallel=3"))
+    assert run.config_file.read_bytes() == before
+
+
+def test_find_by_id_prefix_or_path(home: Path):
+    run = RunDirectory.of(config())
+    run.freeze(config())
+    for name in (run.id, run.id[:4], str(run.path)):
+        assert RunDirectory.find(name).path == run.path
+    with pytest.raises(ConfigError, match="no such run"):
+        RunDirectory.find("feed")
+    other = RunDirectory.of(config("seed=1"))
+    other.freeze(config("seed=1"))
+    with pytest.raises(ConfigError, match="matches 2 runs"):
+        RunDirectory.find("")
+
+
+def test_non_finite_numbers_are_strings_in_the_record(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    writer.write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "capped"})
+    assert json.loads(path.read_text()) == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1, "e": "capped"}
+    (back,) = read_rows(path)
+    assert math.isnan(back["a"]) and back["b"] == math.inf and back["c"] == -math.inf and back["e"] == "capped"
+
+
+def test_a_torn_last_line_is_ignored_and_then_repaired(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    whole = json.dumps(row(1)) + "\n"
+    for cut in range(1, len(whole)):
+        path.write_text(whole + whole[:cut] if cut < len(whole) - 1 else whole + whole[:cut])
+        assert len(read_rows(path)) == 1
+    writer = MetricsWriter(path)
+    writer.write(row(2))
+    writer.close()
+    assert [r["step"] for r in read_rows(path)] == [1, 2]
+
+
+def test_later_attempts_replace_what_they_did_again():
+    rows = [row(s) for s in (1, 2, 3, 4)] + [row(s, 2) for s in (3, 4, 5)] + [row(s, 3) for s in (5, 6)]
+    kept = [(r["step"], r["attempt"]) for r in supersede(rows)]
+    assert kept == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)]
+
+
+def test_a_restart_from_scratch_replaces_everything_even_what_it_has_not_reached():
+    rows = [row(s) for s in range(1, 10)] + [row(1, 2)]
+    assert [(r["step"], r["attempt"]) for r in supersede(rows)] == [(1, 2)]
+
+
+def test_last_row_is_read_from_the_tail(home: Path):
+    run = RunDirectory.of(config())
+    assert run.last_row() is None
+    writer = MetricsWriter(run.metrics_file)
+    for step in range(500):
+        writer.write(row(step, note="x" * 100))
+    writer.write({"step": 499, "attempt": 1, "val/loss": 2.0})
+    assert run.last_row() == row(499, note="x" * 100)
+
+
+def _rewrite(path: Path, stop: multiprocessing.Event) -> None:
+    number = 0
+    while not stop.is_set():
+        number += 1
+        write_atomically(path, json.dumps([number] * 5000))
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path: Path):
+    path = tmp_path / "status.json"
+    write_atomically(path, "[0]")
+    stop = multiprocessing.Event()
+    writer = multiprocessing.Process(target=_rewrite, args=(path, stop))
+    writer.start()
+    try:
+        for _ in range(300):
+            assert len(set(json.loads(path.read_text()))) == 1
+    finally:
+        stop.set()
+        writer.join()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+HOLDER = """
+import sys, time
+from pipeline.store import RunDirectory
+with RunDirectory(sys.argv[1]).lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path: Path):
+    run = RunDirectory(tmp_path / "abc")
+    assert not run.is_locked()
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        assert run.is_locked()
+        with pytest.raises(AlreadyRunning, match=f"run abc is being run by process {holder.pid} on "), run.lock():
+            pass
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with run.lock():
+            assert run.is_locked()
+    finally:
+        holder.kill()
+        holder.wait()
+    assert not run.is_locked()
+
+
+def _take(path: str, barrier: multiprocessing.Barrier, wins: multiprocessing.Queue) -> None:
+    barrier.wait()
+    try:
+        with RunDirectory(path).lock():
+            wins.put(os.getpid())
+            time.sleep(0.5)
+    except AlreadyRunning:
+        pass
+
+
+def test_of_many_takers_at_once_one_wins(tmp_path: Path):
+    barrier, wins = multiprocessing.Barrier(4), multiprocessing.Queue()
+    takers = [multiprocessing.Process(target=_take, args=(str(tmp_path / "r"), barrier, wins)) for _ in range(4)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join(30)
+    assert wins.qsize() == 1
