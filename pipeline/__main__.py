@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from pipeline.config import Config
 from pipeline.freeze import compose_point
-from pipeline.overrides import explain
+from pipeline.overrides import CONF, explain
 from pipeline.store import RunDirectory
 
 
@@ -18,13 +18,15 @@ def main() -> int:
     """The exit code: 0 all well, 1 a run failed, 2 the request is wrong, 130 interrupted."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit code 1
     arguments = sys.argv[1:]
-    if _chooses_launcher(arguments):
-        sys.argv.insert(1, "--multirun")
+    sys.argv = ["python -m pipeline", *_normalised(arguments)]
     try:
         return max((_run(compose_point(tree)) for tree in _composed()), default=0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         problems = explain(error, arguments)
         if problems is None:
@@ -34,11 +36,15 @@ def main() -> int:
         return 2
 
 
-def _chooses_launcher(arguments: list[str]) -> bool:
-    """Hydra ignores hydra/launcher= without -m; a preview of one run would train it."""
-    return any(a.startswith("hydra/launcher=") for a in arguments) and not any(
-        a.startswith("-") for a in arguments
-    )
+def _normalised(arguments: list[str]) -> list[str]:
+    """-m first, because argparse rejects settings on both sides of it. A chosen launcher implies it: Hydra
+    would ignore hydra/launcher=preview for a single run and train it."""
+    multirun = ("-m", "--multirun")
+    rest = [argument for argument in arguments if argument not in multirun]
+    flags = any(argument.startswith("-") for argument in rest)
+    launcher = any(argument.startswith("hydra/launcher=") for argument in rest)
+    sweep = len(rest) < len(arguments) or (launcher and not flags)
+    return ["-m", *rest] if sweep else rest
 
 
 def _composed() -> list[DictConfig]:
@@ -48,7 +54,7 @@ def _composed() -> list[DictConfig]:
     """
     trees: list[DictConfig] = []
 
-    @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def collect(tree: DictConfig) -> None:
         trees.append(tree)
 

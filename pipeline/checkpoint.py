@@ -51,7 +51,9 @@ class Progress:
         )
 
 
-def save(run: RunDirectory, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+def save(
+    run: RunDirectory, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
     """Writes one checkpoint; returns when it is complete. Called by all ranks."""
     final = run.checkpoints / f"step-{progress.step:08d}"
     partial = run.checkpoints / f"partial-{progress.step:08d}"
@@ -72,9 +74,7 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> P
     """Loads a checkpoint into model and optimizer, whatever the number of ranks that wrote it."""
     tensors = _tensors(model, optimizer)
     _quietly(dcp.load, tensors, checkpoint_id=path)
-    set_state_dict(
-        model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"]
-    )
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     return Progress.from_json((path / "progress.json").read_text(encoding="utf-8"))
 
 

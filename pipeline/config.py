@@ -236,7 +236,7 @@ def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str | None:
-    """The candidate a user most likely meant: the closest spelling, first of the last part of a dotted key."""
+    """The candidate a user most likely meant: closest in spelling as a whole, else in its last part."""
     if match := difflib.get_close_matches(word, candidates, n=1, cutoff=0.6):
         return match[0]
     leaf = word.rsplit(".", 1)[-1]
@@ -336,13 +336,37 @@ def check(config: Config) -> None:
         raise ConfigError(*problems)
 
 
-_POSITIVE = (
-    "budget.tokens model.layers model.width model.heads model.kv_heads model.ffn model.vocab "
-    "data.sequence_length data.micro_batch data.workers parallel.replicate parallel.shard parallel.tensor "
-    "batch.size batch.max_size batch.round_to batch.interval eval.interval_tokens eval.sequences "
-    "checkpoint.interval_tokens track.every launch.cpus_per_task launch.max_parallel "
-    "optim.lr optim.eps optim.clip batch.eta model.norm_eps model.rope_theta"
-).split()
+_POSITIVE = [
+    "budget.tokens",
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.kv_heads",
+    "model.ffn",
+    "model.vocab",
+    "data.sequence_length",
+    "data.micro_batch",
+    "data.workers",
+    "parallel.replicate",
+    "parallel.shard",
+    "parallel.tensor",
+    "batch.size",
+    "batch.max_size",
+    "batch.round_to",
+    "batch.interval",
+    "eval.interval_tokens",
+    "eval.sequences",
+    "checkpoint.interval_tokens",
+    "track.every",
+    "launch.cpus_per_task",
+    "launch.max_parallel",
+    "optim.lr",
+    "optim.eps",
+    "optim.clip",
+    "batch.eta",
+    "model.norm_eps",
+    "model.rope_theta",
+]
 
 
 def get(config: object, key: str) -> Any:
@@ -386,9 +410,7 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig)
         for key in ("heads", "kv_heads", "ffn", "vocab"):
             value = getattr(model, key)
             problems += _divides("parallel.tensor", parallel.tensor, f"model.{key}", value)
-        problems += _divides(
-            "parallel.tensor", parallel.tensor, "data.sequence_length", data.sequence_length
-        )
+        problems += _divides("parallel.tensor", parallel.tensor, "data.sequence_length", data.sequence_length)
     if data.tokenizer == "bytes" and model.vocab < BYTE_VOCABULARY:
         problems.append(
             f"model.vocab={model.vocab}: byte tokens need {BYTE_VOCABULARY} (256 bytes and the end of a "

@@ -85,7 +85,7 @@ def _check(run: RunDirectory, directory: Path) -> None:
         seen = f" at {status.tokens_seen} of {status.budget_tokens} tokens" if status else ""
         raise ConfigError(
             f"run {run.id} is {state}{seen}; only a DONE run is exported. "
-            f"Finish it: python -m launchers resume {run.id}"
+            f"Finish it: python -m pipeline.worker {run.path}"
         )
     if directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"{directory}: exists and is not empty; name a directory that does not exist")

@@ -6,6 +6,7 @@ Single runs and sweeps go through here, so that the same request is the same run
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,12 +29,19 @@ def typed(tree: DictConfig) -> Config:
 def complete(config: Config) -> Config:
     """The config that is frozen. Raises ConfigError when its values cannot work together."""
     check(config)
-    if config.data.fingerprint is not None:
-        return config
     from pipeline.data import fingerprint
 
-    data = dataclasses.replace(config.data, fingerprint=fingerprint(config.data))
-    return dataclasses.replace(config, data=data)
+    data = config.data
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            # A job may start in another directory.
+            files=[os.path.abspath(os.path.expanduser(path)) for path in data.files],
+            tokenizer=data.tokenizer if data.tokenizer == "bytes" else os.path.abspath(data.tokenizer),
+            fingerprint=data.fingerprint or fingerprint(data),
+        ),
+    )
 
 
 def compose_point(tree: DictConfig) -> Config:

@@ -11,9 +11,9 @@ from pipeline.config import Config, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
 
-# Where and how a run is executed, shown and named, but not what it computes. data.files is excluded as
-# well: paths differ between machines, and data.fingerprint says which text they hold.
-_EXCLUDED = ("launch", "track", "sweep", "model.name", "data.workers", "data.files")
+# Where and how a run is executed, shown and named, but not what it computes. Paths of data are excluded as
+# well: they differ between machines, and data.fingerprint says which tokens they hold.
+_EXCLUDED = ("launch", "track", "sweep", "model.name", "data.workers", "data.files", "data.tokenizer")
 
 
 def identity_fields(config: Config) -> dict[str, Any]:

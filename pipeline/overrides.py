@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra.errors import CompactHydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import ConfigError, known_keys, nearest, unknown_key
@@ -29,7 +29,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | Non
             return (_unreadable(error),)
         case MissingConfigException() if error.missing_cfg_file and error.options:
             return (_no_such_option(error.missing_cfg_file, error.options),)
-        case CompactHydraException():
+        case HydraException():
             return (_rejected(text),)
         case OmegaConfBaseException():  # an interpolation that leads nowhere
             return (f"{error.full_key}: {text.splitlines()[0]}",)

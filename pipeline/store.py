@@ -222,7 +222,9 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _encode(row: Row) -> Row:
-    return {k: _non_finite_name(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return {
+        k: _non_finite_name(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+    }
 
 
 def _non_finite_name(value: float) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pipeline.config import ModelConfig
 
 # Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:

@@ -21,8 +21,8 @@ from pipeline.data import Prefetcher, Stream, prepare
 from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
-from pipeline.model.llama import Llama, loss_sum, prepare_blocks
 from pipeline.model.init import initialise
+from pipeline.model.llama import Llama, loss_sum, prepare_blocks
 from pipeline.optim import adamw
 from pipeline.optim.learning_rate import learning_rate
 from pipeline.parallel._ranks import Ranks
@@ -68,7 +68,7 @@ class Trainer:
         self.device = ranks.device
         self.micro, self.length = config.data.micro_batch, config.data.sequence_length
 
-        corpus = prepare(config.data, home() / "corpora")
+        corpus = prepare(config.data, home() / "corpora", report=print)
         if corpus.vocab_size > config.model.vocab:
             raise ConfigError(
                 f"model.vocab={config.model.vocab}: the tokenizer has {corpus.vocab_size} tokens. "

@@ -83,10 +83,11 @@ def supervise(config: Config, run: RunDirectory) -> int:
 
 def _run_ranks(config: Config, run: RunDirectory, attempt: int) -> tuple[str, int, str | None]:
     """(state, exit code, error) of one attempt."""
-    from pipeline.data import prepare
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from pipeline.data import prepare
 
     os.environ[ATTEMPT_VARIABLE] = str(attempt)
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(config)))

@@ -17,7 +17,9 @@ from pipeline.store import RunDirectory
 from pipeline.train import train
 
 
-def gloo_ranks(world_size: int, function: Callable[..., object], *arguments: object, timeout_s: float = 120) -> list[Any]:
+def gloo_ranks(
+    world_size: int, function: Callable[..., object], *arguments: object, timeout_s: float = 120
+) -> list[Any]:
     """`function(rank, *arguments)` in `world_size` processes joined by gloo; their results by rank.
 
     A rank that raises fails the test with its own traceback; a rank that hangs is killed after `timeout_s`.
@@ -35,7 +37,9 @@ def gloo_ranks(world_size: int, function: Callable[..., object], *arguments: obj
         return [torch.load(f"{directory}/result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _rank(rank: int, world_size: int, directory: str, function: Callable[..., object], arguments: Any) -> None:
+def _rank(
+    rank: int, world_size: int, directory: str, function: Callable[..., object], arguments: Any
+) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     store = f"file://{directory}/store"

@@ -50,9 +50,17 @@ def test_non_finite_numbers_are_strings_in_the_record(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
     writer.write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "capped"})
-    assert json.loads(path.read_text()) == {"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 0.1, "e": "capped"}
+    assert json.loads(path.read_text()) == {
+        "a": "NaN",
+        "b": "Infinity",
+        "c": "-Infinity",
+        "d": 0.1,
+        "e": "capped",
+    }
     (back,) = read_rows(path)
-    assert math.isnan(back["a"]) and back["b"] == math.inf and back["c"] == -math.inf and back["e"] == "capped"
+    assert (
+        math.isnan(back["a"]) and back["b"] == math.inf and back["c"] == -math.inf and back["e"] == "capped"
+    )
 
 
 def test_a_torn_last_line_is_ignored_and_then_repaired(tmp_path: Path):
@@ -122,11 +130,16 @@ with RunDirectory(sys.argv[1]).lock():
 def test_lock_names_its_holder_and_is_free_when_the_holder_is_killed(tmp_path: Path):
     run = RunDirectory(tmp_path / "abc")
     assert not run.is_locked()
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         assert run.is_locked()
-        with pytest.raises(AlreadyRunning, match=f"run abc is being run by process {holder.pid} on "), run.lock():
+        with (
+            pytest.raises(AlreadyRunning, match=f"run abc is being run by process {holder.pid} on "),
+            run.lock(),
+        ):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.wait()
@@ -150,7 +163,9 @@ def _take(path: str, barrier: multiprocessing.Barrier, wins: multiprocessing.Que
 
 def test_of_many_takers_at_once_one_wins(tmp_path: Path):
     barrier, wins = multiprocessing.Barrier(4), multiprocessing.Queue()
-    takers = [multiprocessing.Process(target=_take, args=(str(tmp_path / "r"), barrier, wins)) for _ in range(4)]
+    takers = [
+        multiprocessing.Process(target=_take, args=(str(tmp_path / "r"), barrier, wins)) for _ in range(4)
+    ]
     for taker in takers:
         taker.start()
     for taker in takers:

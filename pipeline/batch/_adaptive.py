@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pipeline.gradients.statistics import GradientStatistics
 
 GUARDS = frozenset(
-    "size max_size round_to estimator interval ema growth_cap hold_tokens monotone".split()
+    ["size", "max_size", "round_to", "estimator", "interval", "ema", "growth_cap", "hold_tokens", "monotone"]
 )
 
 

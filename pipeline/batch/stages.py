@@ -33,7 +33,9 @@ class Schedule:
     def check(config: Config) -> list[str]:
         sizes, fractions = config.batch.sizes, config.batch.fractions
         if not sizes or not fractions:
-            return ["batch.sizes, batch.fractions: batch.schedule=stages needs both, such as [32, 64] [0.1, 0.9]"]
+            return [
+                "batch.sizes, batch.fractions: batch.schedule=stages needs both, such as [32, 64] [0.1, 0.9]"
+            ]
         problems = []
         if len(sizes) != len(fractions):
             problems.append(

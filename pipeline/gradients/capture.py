@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.gradients.microbatch import MicrobatchCapture
 from pipeline.gradients.worker import WorkerCapture
@@ -24,4 +25,7 @@ class Capture(Protocol):
 
 def capture_for(estimator: str, model: nn.Module, device: torch.device) -> Capture:
     """`microbatch`, or `worker` and `paper`, which look at the same units."""
-    return MicrobatchCapture(model, device) if estimator == "microbatch" else WorkerCapture(model, device)
+    if estimator == "microbatch":
+        return MicrobatchCapture(model, device)
+    assert isinstance(model, DistributedDataParallel), "one rank has no other worker to be compared with"
+    return WorkerCapture(model, device)

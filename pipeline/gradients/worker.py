@@ -24,13 +24,17 @@ class WorkerCapture:
         self._active = False
         self._sequences = 0
         self._scale = 0.0
-        model.register_comm_hook(None, self._reduce)
+        model.register_comm_hook(dist.group.WORLD, self._reduce)
 
-    def _reduce(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    def _reduce(
+        self,
+        group: dist.ProcessGroup,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[torch.Tensor]:
         if self._active:
             flat = bucket.buffer()
             self._squared += SquaredNorm([flat.shape], self._device)([flat])
-        return allreduce_hook(dist.group.WORLD, bucket)
+        return allreduce_hook(group, bucket)
 
     def start_step(self) -> None:
         self._squared.zero_()

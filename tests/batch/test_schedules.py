@@ -15,7 +15,12 @@ from pipeline.config import ConfigError
 from pipeline.gradients.statistics import GradientStatistics
 from tests.support import config
 
-SMALL = ["model=tiny", "data.sequence_length=128", "data.micro_batch=4", "budget.tokens=256k"]  # 2000 sequences
+SMALL = [
+    "model=tiny",
+    "data.sequence_length=128",
+    "data.micro_batch=4",
+    "budget.tokens=256k",
+]  # 2000 sequences
 
 
 def statistics(gradients: np.ndarray, unit: int) -> GradientStatistics:
@@ -99,7 +104,9 @@ def test_debiased_signal_subtracts_the_noise_of_the_mean():
 
 def test_averages_numerator_and_denominator_apart():
     """The ratio of averages, not the average of ratios."""
-    schedule = schedule_class("norm_test")(config(*SMALL, "batch=norm_test", "batch.ema=0.9", "batch.eta=0.5"))
+    schedule = schedule_class("norm_test")(
+        config(*SMALL, "batch=norm_test", "batch.ema=0.9", "batch.eta=0.5")
+    )
     state, _ = schedule.start()
     numerator = denominator = 0.0
     for step in range(1, 6):
@@ -183,7 +190,10 @@ def _cached(*overrides: str):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["batch=stages", "batch.fractions=[0.5,0.4,0.2]"], "sum to 1.1, they must sum to 1; [0.5, 0.4, 0.1] does"),
+        (
+            ["batch=stages", "batch.fractions=[0.5,0.4,0.2]"],
+            "sum to 1.1, they must sum to 1; [0.5, 0.4, 0.1] does",
+        ),
         (["batch=stages", "batch.fractions=[0.5,0.5]"], "3 sizes for 2 fractions"),
         (["batch=stages", "batch.sizes=[2,32,64]"], "2 is smaller than one micro-batch"),
         (["batch=norm_test", "batch.estimator=worker"], "there is only one"),

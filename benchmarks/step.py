@@ -1,0 +1,138 @@
+"""What a training step costs beside a minimal loop, and what the norm test adds to it.
+
+    python -m benchmarks.step [--rounds 12] [--json]
+
+Variants take turns, one step each, so that a drift of the machine hits all alike; the figures are ratios of
+medians, with the quartiles of the per-round ratios. One thread per process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import torch
+
+from pipeline.config import Config
+from pipeline.data import Stream, prepare
+from pipeline.model.init import initialise
+from pipeline.model.llama import Llama, loss_sum
+from pipeline.store import RunDirectory, home
+from pipeline.train import Trainer
+from tests.distributed import gloo_ranks, ranks_of
+from tests.support import config
+
+COMMON = ["model=10m", "data.sequence_length=256", "data.micro_batch=4", "batch.size=8", "budget.tokens=50M"]
+# Passes at every test, so that both variants do the same work: the cost seen is the measurement alone.
+EVERY_STEP = ["batch=norm_test", "batch.size=8", "batch.max_size=1024", "batch.eta=1e6"]
+TARGETS = {"plain / hand-written, tokens per second": 0.97, "norm test, single": 1.02, "norm test, ddp": 1.02}
+
+
+def hand_written(composed: Config) -> Callable[[], None]:
+    """A minimal loop over the same model, data, batch and optimizer, as one would write it for one run."""
+    model = Llama(composed.model)
+    initialise(model, composed.seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    data, micro, length = composed.data, composed.data.micro_batch, composed.data.sequence_length
+    stream = Stream(prepare(data, home() / "corpora").train, length, data.seed)
+    accumulation, position = composed.batch.size // micro, 0
+
+    def step() -> None:
+        nonlocal position
+        total = 0.0
+        for _ in range(accumulation):
+            tokens = torch.from_numpy(stream.read(position, micro))
+            position += micro
+            loss = loss_sum(model(tokens[:, :-1]), tokens[:, 1:]) / (micro * length * accumulation)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def trainer(composed: Config, rank: int = 0) -> Trainer:
+    run = RunDirectory.of(composed)
+    if rank == 0:
+        run.freeze(composed)
+    return Trainer(composed, run, 1, ranks_of(composed, rank))
+
+
+def in_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step of each variant; two rounds of warm-up are left out."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 2):
+        for name, step in variants.items():
+            begin = time.perf_counter()
+            step()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def single(rounds: int) -> dict[str, list[float]]:
+    plain, tested = config(*COMMON), config(*COMMON, *EVERY_STEP)
+    variants = {"hand": hand_written(plain), "plain": trainer(plain).step, "tested": trainer(tested).step}
+    return in_turns(variants, rounds)
+
+
+def ddp(rank: int, rounds: int) -> dict[str, list[float]]:
+    plain, tested = (config(*COMMON, *more, "parallel=ddp", "batch.size=16") for more in ([], EVERY_STEP))
+    return in_turns({"plain": trainer(plain, rank).step, "tested": trainer(tested, rank).step}, rounds)
+
+
+def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+    first, _, third = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
+    return {"ratio": statistics.median(above) / statistics.median(below), "q1": first, "q3": third}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["WANDB_MODE"] = "disabled"
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        os.environ["CRESCENDO_HOME"] = directory
+        alone = single(arguments.rounds)
+        ranks = gloo_ranks(2, ddp, arguments.rounds, timeout_s=1800)[0]
+    figures = {
+        "plain / hand-written, tokens per second": ratio(alone["hand"], alone["plain"]),
+        "norm test, single": ratio(alone["tested"], alone["plain"]),
+        "norm test, ddp": ratio(ranks["tested"], ranks["plain"]),
+    }
+    met = {
+        name: figure["ratio"] >= TARGETS[name] if TARGETS[name] < 1 else figure["ratio"] <= TARGETS[name]
+        for name, figure in figures.items()
+    }
+    if arguments.json:
+        machine = {"processor": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+        seconds = {"single": alone, "ddp": ranks}
+        print(json.dumps({"figures": figures, "met": met, "seconds": seconds, "machine": machine}, indent=1))
+    else:
+        step = statistics.median(alone["plain"])
+        print(f"10m model, 2048 tokens a step and rank, one thread; plain step {step * 1000:.0f} ms")
+        for name, figure in figures.items():
+            target = f"{'≥' if TARGETS[name] < 1 else '≤'} {TARGETS[name]}"
+            print(
+                f"{name:42}  {figure['ratio']:.3f}  [{figure['q1']:.3f}, {figure['q3']:.3f}]  target {target}"
+                f"  {'met' if met[name] else 'MISSED'}"
+            )
+    return 0 if all(met.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

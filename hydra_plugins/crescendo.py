@@ -1,0 +1,70 @@
+"""Where Hydra finds the launchers and the sweeper; `launchers` does the work.
+
+Hydra imports this module at every start, so it imports nothing that takes time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from pipeline.config import ConfigError
+
+
+class _Launcher(Launcher):
+    """Composes the points of a sweep and hands them on; a nonzero exit code ends the process."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self._loader, self._sweep_config = hydra_context.config_loader, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        if code := self._launch(job_overrides, self._compose):
+            raise SystemExit(code)
+        return []
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        return self._loader.load_sweep_config(self._sweep_config, list(overrides))
+
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> int:
+        raise NotImplementedError
+
+
+class PreviewLauncher(_Launcher):
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> int:
+        from launchers import preview
+
+        return preview.launch(jobs, compose)
+
+
+class LocalLauncher(_Launcher):
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> int:
+        from launchers import local
+
+        return local.launch(jobs, compose)
+
+
+class ProductSweeper(BasicSweeper):
+    """Hydra's grammar for sweeps. Unlike its parent it composes nothing itself (the launcher composes every
+    point anyway) and writes no multirun.yaml (the manifest of the sweep holds more)."""
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        super().__init__(max_batch_size=None, params=params)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.hydra_context is not None and self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        for override in overrides:
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise ConfigError(
+                    f"{override.input_line}: not a list of values. Allowed: a,b,c and range(start,stop,step)"
+                )
+        (jobs,) = self.split_arguments(overrides, max_batch_size=None)
+        return self.launcher.launch(jobs, initial_job_idx=0)

@@ -1,0 +1,44 @@
+"""Which tokens a corpus holds: part of the identity of a run, so cheap enough for a preview."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+
+from pipeline.config import DataConfig
+from pipeline.data.sources import corpus_files
+from pipeline.data.tokenizers import content_id
+
+_FINGERPRINT_BYTES = 65536  # read at each end of a file
+
+
+def fingerprint(data: DataConfig) -> str:
+    """Which tokens the corpus holds, without reading all of it and wherever its files lie.
+
+    "stdlib-3.11.7", or "text-" and 16 hex digits of SHA-256 over the size, the first and the last 64 KiB of
+    each file in order; then "+" and 8 hex digits of the tokenizer's file, unless tokens are bytes. Raises
+    ConfigError when a file is missing.
+    """
+    paths = [path for path, _ in corpus_files(data)]
+    text = f"stdlib-{platform.python_version()}" if data.source == "stdlib" else _of_files(paths)
+    return text if data.tokenizer == "bytes" else f"{text}+{content_id(data.tokenizer)[:8]}"
+
+
+def _of_files(paths: list[str]) -> str:
+    stats = [(path, os.stat(path)) for path in paths]
+    return _text_fingerprint(tuple((path, s.st_size, s.st_mtime_ns) for path, s in stats))
+
+
+@functools.lru_cache(maxsize=64)
+def _text_fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
+    """Of (path, bytes, time of change in ns); the time only tells the cache that a file was written anew."""
+    digest = hashlib.sha256()
+    for path, size, _ in files:
+        with open(path, "rb") as file:
+            digest.update(size.to_bytes(8, "little"))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+            file.seek(max(0, size - _FINGERPRINT_BYTES))
+            digest.update(file.read(_FINGERPRINT_BYTES))
+    return f"text-{digest.hexdigest()[:16]}"

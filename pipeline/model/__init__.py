@@ -1,0 +1,1 @@
+"""The language model under comparison: a Llama decoder and its initial weights."""

@@ -1,0 +1,214 @@
+"""The training loop against an independent truth: itself repeated, on other ranks, interrupted; by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import pipeline.train
+from pipeline import checkpoint
+from pipeline.data import Stream, prepare
+from pipeline.model.init import initialise
+from pipeline.model.llama import Llama, loss_sum
+from pipeline.optim.learning_rate import learning_rate
+from pipeline.store import RunDirectory, read_rows
+from pipeline.train import TrainingFailed
+from tests.distributed import column, gloo_ranks, train_here, train_rank
+from tests.support import config
+
+# 50 steps of 16 sequences of 64 tokens
+TINY = [
+    "data.sequence_length=64",
+    "batch.size=16",
+    "budget.tokens=51200",
+    "lr.warmup_tokens=5k",
+    "eval.sequences=16",
+]
+
+
+def test_repeat_is_bit_identical_and_two_ranks_agree(home: Path, small_corpus: list[str]):
+    """Same seed and config: the same losses to the last bit. One rank or two: to float32 rounding."""
+    one = train_here(config(*TINY, *small_corpus))
+    losses, norms = column(one, "train/loss"), column(one, "grad/norm")
+    assert len(losses) == 50 and losses[-1] < losses[0] - 1
+    one.path.rename(home / "first")
+    again = train_here(config(*TINY, *small_corpus))
+    assert column(again, "train/loss") == losses
+    assert column(again, "val/loss") == column(RunDirectory(home / "first"), "val/loss")
+
+    two = train_here(config(*TINY, *small_corpus, "parallel=ddp"))
+    assert column(two, "batch/accumulation") == [2] * 50
+    # Rounding, which Adam's first steps (nearly sign steps) then amplify
+    assert column(two, "train/loss")[:5] == pytest.approx(losses[:5], rel=1e-6)
+    assert column(two, "train/loss") == pytest.approx(losses, rel=1e-4)
+    assert column(two, "grad/norm")[:5] == pytest.approx(norms[:5], rel=1e-5)
+    assert column(two, "val/loss") == pytest.approx(column(again, "val/loss"), rel=1e-5)
+
+
+def test_equals_a_loop_written_by_hand(home: Path, small_corpus: list[str]):
+    """Whole batches in one backward pass, torch's own clipping and AdamW."""
+    composed = config(*TINY, *small_corpus)
+    run = train_here(composed)
+    stream = Stream(prepare(composed.data, home / "corpora").train, 64, composed.data.seed)
+    model = Llama(composed.model)
+    initialise(model, composed.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    losses = []
+    for step in range(50):
+        tokens = torch.from_numpy(stream.read(16 * step, 16))
+        loss = loss_sum(model(tokens[:, :-1]), tokens[:, 1:]) / (16 * 64)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        seen = (step + 1) * 1024
+        progress = max(0, seen - 5000) / (51200 - 5000)
+        cosine = 0.1 + 0.9 * (1 + torch.tensor(progress * torch.pi).cos().item()) / 2
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, seen / 5000) * cosine
+        optimizer.step()
+        losses.append(loss.item())
+    assert column(run, "train/loss")[:5] == pytest.approx(losses[:5], rel=1e-6)
+    assert column(run, "train/loss") == pytest.approx(losses, rel=1e-4)
+
+
+def reads_of(run_overrides: list[str]) -> tuple[RunDirectory, list[int]]:
+    """A finished run and every sequence position it trained on, in order."""
+    read: list[int] = []
+
+    class Recorder(pipeline.train.Prefetcher):
+        def take(self, first: int, count: int):
+            read.extend(range(first, first + count))
+            return super().take(first, count)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.train, "Prefetcher", Recorder)
+        return train_here(config(*run_overrides)), read
+
+
+def test_frozen_norm_test_is_the_constant_run(home: Path, small_corpus: list[str]):
+    """The same sequences in the same order, and measuring changes no bit of the training."""
+    common = [*TINY, *small_corpus]
+    constant, constant_reads = reads_of([*common, "batch=constant", "batch.size=16"])
+    # eta so large that the test always passes: it measures every step and never grows
+    frozen = ["batch=norm_test", "batch.size=16", "batch.max_size=64", "batch.eta=1000"]
+    tested, tested_reads = reads_of([*common, *frozen])
+    assert tested_reads == constant_reads == list(range(800))
+    assert column(tested, "train/loss") == column(constant, "train/loss")
+    assert len(column(tested, "stat/variance")) == 49  # the last step has nothing to decide
+    assert column(constant, "stat/variance") == []
+
+
+def test_norm_test_grows_and_decides_alike_on_one_and_two_ranks(home: Path, small_corpus: list[str]):
+    overrides = [*TINY, *small_corpus, "batch=norm_test", "batch.size=8", "batch.max_size=128", "batch.eta=0.5",
+                 "batch.round_to=8"]  # fmt: skip
+    one = train_here(config(*overrides))
+    two = train_here(config(*overrides, "parallel=ddp"))
+    sizes = column(one, "batch/size")
+    assert sizes[0] == 8 and max(sizes) > 16
+    assert sum(sizes) == 800 and all(size % 8 == 0 for size in sizes[:-1])
+    assert column(two, "batch/size") == sizes
+    for name in ("stat/variance", "stat/mean_sq_norm", "test/statistic"):
+        assert column(two, name) == pytest.approx(column(one, name), rel=2e-3)
+
+
+def test_ends_on_the_budget_with_short_and_empty_units(home: Path, small_corpus: list[str]):
+    """37 sequences in steps of 16 on two ranks: the last step has 5, one rank a unit of 4, the other of 1."""
+    overrides = [*TINY, *small_corpus, "budget.tokens=2400", "lr.warmup_tokens=0"]
+    one = train_here(config(*overrides))
+    two = train_here(config(*overrides, "parallel=ddp"))
+    assert column(one, "batch/size") == [16, 16, 5]
+    assert [row["tokens"] for row in one.rows()][-1] == 37 * 64 <= 2400
+    assert column(two, "train/loss") == pytest.approx(column(one, "train/loss"), rel=1e-5)
+    three = train_here(config(*overrides, "parallel=ddp", "parallel.replicate=3", "batch.size=12"))
+    assert column(three, "batch/size") == [12, 12, 12, 1]
+    assert sum(column(three, "train/loss")) > 0
+
+
+def test_resumed_equals_uninterrupted(home: Path, small_corpus: list[str]):
+    """From a checkpoint in the middle of a growing batch: every later number is the same to the last bit."""
+    overrides = [*TINY, *small_corpus, "batch=norm_test", "batch.size=8", "batch.max_size=64",
+                 "checkpoint.interval_tokens=10k", "eval.interval_tokens=10k", "lr.batch_scaling=sqrt"]  # fmt: skip
+    composed = config(*overrides)
+    whole = train_here(composed)
+    whole = RunDirectory(whole.path.rename(home / "whole"))
+    assert [p.name for p in checkpoint.complete(whole)][-1] == f"step-{whole.rows()[-1]['step']:08d}"
+    assert len(checkpoint.complete(whole)) == checkpoint.KEEP
+
+    interrupted = RunDirectory.of(composed)
+    stop_after = column(whole, "step")[len(column(whole, "step")) // 2]
+
+    class Stopped(Exception):
+        pass
+
+    class Stopping(pipeline.train.Trainer):
+        def step(self) -> None:
+            if self.progress.step == stop_after:
+                raise Stopped
+            super().step()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(pipeline.train, "Trainer", Stopping)
+        train_here(composed)
+    train_here(composed, attempt=2)
+    assert {row["attempt"] for row in interrupted.rows()} == {1, 2}
+    for name in ("tokens", "train/loss", "batch/size", "lr", "stat/variance", "val/loss"):
+        assert column(interrupted, name) == column(whole, name)
+    assert len(read_rows(interrupted.metrics_file)) > len(interrupted.rows())  # some steps were done twice
+
+
+def test_resumes_on_another_number_of_ranks(home: Path, small_corpus: list[str]):
+    overrides = [*TINY, *small_corpus]
+    one = config(*overrides)
+    run = train_here(one)
+    saved = checkpoint.complete(run)[-1]
+    progress = json.loads((saved / "progress.json").read_text())
+    longer = dataclasses.replace(one, budget=dataclasses.replace(one.budget, tokens=60_000))
+    two = config(*overrides, "parallel=ddp", "budget.tokens=60000")
+    gloo_ranks(2, train_rank, two, str(run.path), 2)
+    assert run.rows()[-1]["tokens"] == longer.budget_tokens
+    assert run.rows()[-2]["step"] > progress["step"]
+    weights = checkpoint.load_weights(run)
+    assert weights.keys() == Llama(one.model).state_dict().keys()
+
+
+def test_diverging_run_fails_with_step_and_cause(home: Path, small_corpus: list[str]):
+    composed = config(*TINY, *small_corpus, "optim.lr=1e18", "optim.clip=null", "lr.warmup_tokens=0")
+    with pytest.raises(TrainingFailed, match=r"step \d+: training loss (nan|inf).*optim.lr=1e\+18 too high"):
+        train_here(composed)
+    last = RunDirectory.of(composed).rows()[-1]
+    assert not torch.isfinite(torch.tensor(last["train/loss"]))
+
+
+@pytest.mark.parametrize("option", ["parallel.precision=bfloat16", "parallel.activation_checkpointing=true"])
+def test_options_train(home: Path, small_corpus: list[str], option: str):
+    plain = train_here(config(*TINY, *small_corpus, "budget.tokens=5k"))
+    changed = train_here(config(*TINY, *small_corpus, "budget.tokens=5k", option))
+    tolerance = 2e-2 if "bfloat16" in option else 1e-6
+    assert column(changed, "train/loss") == pytest.approx(column(plain, "train/loss"), rel=tolerance)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "warmup_stable_decay"])
+def test_learning_rate(schedule: str):
+    composed = config(
+        f"lr={schedule}", "budget.tokens=1024000", "lr.warmup_tokens=102400", "lr.min_ratio=0.1"
+    )
+
+    def rate(tokens: int, batch: int = 32, **changes: object) -> float:
+        changed = dataclasses.replace(composed, lr=dataclasses.replace(composed.lr, **changes))
+        return learning_rate(changed, step=tokens // 8192, tokens=tokens, batch=batch, first_batch=32) / 3e-3
+
+    assert rate(51200) == pytest.approx(0.5)
+    assert rate(102400) == pytest.approx(1.0)
+    assert rate(1024000) == pytest.approx(0.1)
+    middle = 102400 + (1024000 - 102400) // 2
+    assert rate(middle) == pytest.approx(0.55 if schedule == "cosine" else 1.0)
+    if schedule == "warmup_stable_decay":
+        assert rate(1024000 - 102400) == pytest.approx(0.55)  # half of the last fifth
+    assert rate(middle, batch=128, batch_scaling="sqrt") == pytest.approx(2 * rate(middle))
+    assert rate(middle, batch=128, batch_scaling="linear") == pytest.approx(4 * rate(middle))
+    assert rate(8192 * 5, warmup_tokens=None, warmup_steps=10) == pytest.approx(
+        0.5 * rate(8192 * 5, warmup_tokens=0)
+    )

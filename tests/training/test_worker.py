@@ -1,0 +1,187 @@
+"""The supervisor: real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.store import RunDirectory, read_rows
+from tests.distributed import column, train_here
+from tests.support import config
+
+TINY = [
+    "data.sequence_length=64",
+    "batch.size=16",
+    "lr.warmup_tokens=5k",
+    "eval.sequences=16",
+    "parallel=ddp",
+]
+
+
+def start(run: RunDirectory, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.worker", str(run.path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def frozen(composed: Config) -> RunDirectory:
+    run = RunDirectory.of(composed)
+    run.freeze(composed)
+    return run
+
+
+def wait_for_step(run: RunDirectory, step: int, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while (row := run.last_row()) is None or row["step"] < step:
+        assert time.monotonic() < deadline, f"step {step} not reached: {run.status()}"
+        time.sleep(0.02)
+
+
+def processes_of(run: RunDirectory) -> dict[int, str]:
+    """Live processes whose command line names the run: pid -> RANK, or "" for the supervisor."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if (
+                str(run.path) in (path / "cmdline").read_text()
+                and (path / "stat").read_text().split()[2] != "Z"
+            ):
+                variables = dict(
+                    v.split("=", 1) for v in (path / "environ").read_text().split("\0") if "=" in v
+                )
+                found[int(path.name)] = variables.get("RANK", "")
+        except (OSError, IndexError):
+            continue  # it ended while we looked
+    return found
+
+
+def assert_nothing_torn(run: RunDirectory) -> None:
+    assert json.loads(run.status_file.read_text())["state"]
+    assert run.metrics_file.read_bytes().endswith(b"\n")
+    assert len(read_rows(run.metrics_file)) == run.metrics_file.read_bytes().count(b"\n")
+    assert not list(run.path.glob(".*")), "temporary files are left"
+
+
+def test_killed_rank_fails_the_run_and_the_same_command_finishes_it(home: Path, small_corpus: list[str]):
+    composed = config(*TINY, *small_corpus, "budget.tokens=200k", "checkpoint.interval_tokens=25k")
+    run = frozen(composed)
+    worker = start(run)
+    wait_for_step(run, 40)
+    (victim,) = [pid for pid, rank in processes_of(run).items() if rank == "1"]
+    killed = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    output, _ = worker.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert worker.returncode == 1, output
+    status = run.status()
+    assert status.state == "FAILED" and status.exit_code == 1
+    assert status.error.startswith("rank 1 was killed by SIGKILL (signal 9) after step"), status.error
+    assert processes_of(run) == {}
+    assert_nothing_torn(run)
+
+    second = start(run)
+    concurrent = start(run)
+    outputs = [process.communicate(timeout=180)[0] for process in (second, concurrent)]
+    assert [second.returncode, concurrent.returncode] == [0, 0], outputs
+    assert sum("is being run by process" in output for output in outputs) == 1, outputs
+    assert (run.status().state, run.status().attempt, run.status().error) == ("DONE", 2, None)
+    assert column(run, "step")[0] == 1 and column(run, "tokens")[-1] == composed.budget_tokens
+    first_redone = min(row["step"] for row in run.rows() if row["attempt"] == 2)
+    assert first_redone > 20  # it went on from a checkpoint
+    assert_nothing_torn(run)
+
+    run.path.rename(home / "killed")
+    uninterrupted = train_here(composed)
+    assert column(RunDirectory(home / "killed"), "train/loss") == column(uninterrupted, "train/loss")
+
+
+def test_killed_supervisor_takes_its_ranks_with_it_and_leaves_the_run_free(
+    home: Path, small_corpus: list[str]
+):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+    worker = start(run)
+    wait_for_step(run, 3)
+    assert sorted(processes_of(run).values()) == ["", "0", "1"]
+    worker.kill()
+    worker.wait()
+    deadline = time.monotonic() + 10
+    while processes_of(run):
+        assert time.monotonic() < deadline, processes_of(run)
+        time.sleep(0.05)
+    assert not run.is_locked()
+
+
+def test_stop_signal_is_recorded_as_cancelled(home: Path, small_corpus: list[str]):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+    worker = start(run)
+    wait_for_step(run, 3)
+    worker.terminate()
+    worker.communicate(timeout=30)
+    assert worker.returncode == 128 + signal.SIGTERM
+    assert (run.status().state, run.status().error) == ("CANCELLED", "stopped by SIGTERM")
+    assert processes_of(run) == {}
+
+
+def test_failure_inside_a_rank_is_reported_in_one_line(home: Path, small_corpus: list[str]):
+    overrides = [
+        "budget.tokens=50k",
+        "optim.lr=1e18",
+        "optim.clip=null",
+        "lr.warmup_tokens=0",
+        "parallel=single",
+    ]
+    run = frozen(config(*TINY, *small_corpus, *overrides))
+    worker = start(run)
+    output, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 1
+    assert run.status().state == "FAILED"
+    assert run.status().error.startswith("rank 0: TrainingFailed: step ")
+    assert "Traceback" in (run.logs / "attempt-1.rank-0.log").read_text()
+    assert run.status().error in output
+
+
+def test_a_wrong_directory_is_refused(home: Path):
+    worker = start(RunDirectory(home / "nothing"))
+    output, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 2
+    assert "holds no config.yaml" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("mode", ["offline", "broken"])
+def test_wandb_mirrors_the_record_and_cannot_stop_it(
+    mode: str, home: Path, small_corpus: list[str], monkeypatch
+):
+    monkeypatch.delenv("WANDB_MODE")
+    composed = config(*TINY, *small_corpus, "parallel=single", "budget.tokens=25k", "track.every=5")
+    run = frozen(composed)
+    if mode == "broken":  # a file where the directory should be
+        (run.path / "wandb").write_text("")
+    worker = start(run)
+    output, _ = worker.communicate(timeout=90)
+    assert worker.returncode == 0, output
+    assert run.status().state == "DONE" and len(column(run, "train/loss")) == 25
+    log = (run.logs / "attempt-1.rank-0.log").read_text()
+    if mode == "broken":
+        assert "metrics.jsonl is complete" in log
+        return
+    (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
+    assert file.name == f"run-{run.id}-a1.wandb"
+    inspected = subprocess.run(
+        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "WARNING" not in log
+    text = inspected.stdout
+    assert text.count("throughput/tokens_per_s") >= 6 and "val/loss" in text and "batch.schedule" in text
