@@ -1,0 +1,6 @@
+"""Many runs: plan, preview, run.
+
+`plan` composes a sweep into points and knows their state, `manifest` keeps sweeps/<name>/, `screen` follows
+what runs, `table` lays out what they all print.
+A launcher is one file with `launch(jobs, compose) -> exit code`; hydra_plugins/crescendo.py names them.
+"""

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -30,6 +30,7 @@ State = Literal["PENDING", "RUNNING", "DONE", "FAILED", "PREEMPTED", "CANCELLED"
 Row = dict[str, Any]
 
 _TAIL_BYTES = 16384  # holds some twenty rows
+_GLANCE_S = 0.2  # `is_locked` takes the lock for a moment; a taker waits that long before it gives up
 
 
 def home() -> Path:
@@ -100,9 +101,15 @@ class RunDirectory:
     # config
 
     def freeze(self, config: Config) -> None:
-        """Writes config.yaml once; later attempts read this file and nothing else."""
-        if not self.config_file.exists():
+        """Writes config.yaml, which attempts read and nothing else.
+
+        The id fixes all that decides the result; asked for again before it is done, the run takes over what
+        does not (launch, track, where the data lies).
+        """
+        status = self.status()
+        if status is None or status.state != "DONE":
             write_atomically(self.config_file, yaml.safe_dump(to_tree(config), sort_keys=False))
+        if status is None:
             self.write_status(Status("PENDING", budget_tokens=config.budget_tokens))
 
     def config(self) -> Config:
@@ -139,11 +146,12 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise AlreadyRunning(f"run {self.id} is being run by {file.read().strip()}") from None
+            deadline = time.monotonic() + _GLANCE_S
+            while not _try_lock(file, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise AlreadyRunning(f"run {self.id} is being run by {file.read().strip()}")
+                time.sleep(_GLANCE_S / 10)
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
@@ -154,12 +162,9 @@ class RunDirectory:
         """Whether a live process holds the run right now."""
         try:
             with open(self.path / "lock", encoding="utf-8") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return not _try_lock(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
-        except BlockingIOError:
-            return True
-        return False
 
     # metrics
 
@@ -177,6 +182,14 @@ class RunDirectory:
             return None
         rows = (_decode(json.loads(line)) for line in reversed(lines))
         return next((row for row in rows if "train/loss" in row), None)
+
+
+def _try_lock(file: TextIO, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def read_rows(path: Path) -> list[Row]:

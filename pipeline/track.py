@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config, to_tree
@@ -86,8 +85,3 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def offline_directories(run: Path) -> list[Path]:
-    """The wandb directories of a run's attempts that `wandb sync` and `wandb leet` read."""
-    return sorted(path for path in run.glob("wandb/offline-run-*") if any(path.glob("*.wandb")))

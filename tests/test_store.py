@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,14 +24,43 @@ def row(step: int, attempt: int = 1, **values: object) -> dict[str, object]:
     return {"step": step, "attempt": attempt, "train/loss": 1.0, **values}
 
 
-def test_frozen_config_is_read_back_and_never_rewritten(home: Path):
+def test_frozen_config_is_read_back(home: Path):
     run = RunDirectory.of(config("batch=norm_test"))
     run.freeze(config("batch=norm_test"))
     assert run.config() == config("batch=norm_test")
     assert (run.status().state, run.status().budget_tokens) == ("PENDING", 1_999_872)
-    before = run.config_file.read_bytes()
-    run.freeze(config("batch=norm_test", "launch.max_parallel=3"))
-    assert run.config_file.read_bytes() == before
+
+
+def test_asked_for_again_a_run_takes_over_how_it_is_launched_until_it_is_done(home: Path):
+    run = RunDirectory.of(config())
+    run.freeze(config())
+    run.update_status(state="FAILED", attempt=1)
+    run.freeze(config("launch.max_parallel=3", "track=online"))
+    assert (run.config().launch.max_parallel, run.config().track.mode) == (3, "online")
+    assert (run.status().state, run.status().attempt) == ("FAILED", 1)
+    run.update_status(state="DONE")
+    run.freeze(config())
+    assert run.config().track.mode == "online"
+
+
+def test_looking_at_the_lock_does_not_stop_a_taker(home: Path):
+    run = RunDirectory.of(config())
+    run.freeze(config())
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.is_set():
+            run.is_locked()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(20):
+            with run.lock():
+                pass
+    finally:
+        stop.set()
+        watcher.join()
 
 
 def test_find_by_id_prefix_or_path(home: Path):
@@ -67,7 +97,7 @@ def test_a_torn_last_line_is_ignored_and_then_repaired(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps(row(1)) + "\n"
     for cut in range(1, len(whole)):
-        path.write_text(whole + whole[:cut] if cut < len(whole) - 1 else whole + whole[:cut])
+        path.write_text(whole + whole[:cut])
         assert len(read_rows(path)) == 1
     writer = MetricsWriter(path)
     writer.write(row(2))

@@ -1,0 +1,192 @@
+"""hydra/launcher=preview: what a sweep would do. Writes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+import pipeline.batch as batch_schedules
+from launchers.plan import Compose, Plan, Point, again, make_plan, state
+from launchers.table import (
+    DASH,
+    Column,
+    axis_columns,
+    count,
+    duration,
+    make_console,
+    name_points,
+    progress,
+    say,
+    screen_width,
+    show_command,
+    table,
+    tally,
+)
+from pipeline.batch._interface import plan as batch_plan
+from pipeline.config import Config, ConfigError
+from pipeline.store import RunDirectory, home
+
+_LISTED_SIZES = 4  # batch sizes named one by one before a plan is abridged
+_RECENT_RUNS = 100  # finished runs read for the estimate of the time
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a point asks for."""
+
+    batch: str
+    steps: str
+
+
+def launch(jobs: Sequence[Sequence[str]], compose: Compose) -> int:
+    console = make_console()
+    plan = make_plan(progress(jobs, "composing"), compose)
+    show_heading(console, plan)
+    rates = Rates()
+    states = [state(point) for point in plan.points]
+    show_points(console, plan, states, rates)
+    show_invalid(console, plan)
+    console.print()
+    todo = [p for p, s in zip(plan.points, states, strict=True) if s not in ("done", "running", "invalid")]
+    say(console, f"{tally(states, EXCUSES)}. Nothing was written.")
+    say(console, *_estimate(todo, rates))
+    if plan.valid and not todo:
+        show_command(console, "compare", f"python -m analysis {plan.name}")
+    elif todo:
+        show_command(console, "run", again("local"))
+    return 2 if plan.invalid else 0
+
+
+EXCUSES = {"done": "skipped", "running": "elsewhere, skipped", "invalid": "excluded"}
+
+
+def show_heading(console: Console, plan: Plan) -> None:
+    """`sweep demo: 8 points = batch(4) × seed(2)`."""
+    sizes = {axis: len({p.axes[axis] for p in plan.points if axis in p.axes}) for axis in plan.axes}
+    product = " × ".join(f"{axis}({size})" for axis, size in sizes.items())
+    points = f"{len(plan.points)} point" + "s" * (len(plan.points) != 1)
+    repeats = f", without {plan.duplicates} that repeat another" if plan.duplicates else ""
+    say(console, f"sweep {plan.name}: {points}" + (f" = {product}" if product else "") + repeats)
+    if plan.common:
+        say(console, "  all with " + " ".join(f"{key}={value}" for key, value in plan.common.items()))
+
+
+def show_points(console: Console, plan: Plan, states: Sequence[str], rates: Rates) -> None:
+    work = _describe_all(plan.points)
+    seconds = [rates.seconds(point.config) if point.config else None for point in plan.points]
+    columns = [
+        Column("run", [point.run or DASH for point in plan.points], "left"),
+        *axis_columns(plan.axes, [point.axes for point in plan.points]),
+        Column("ranks", [_ranks(point) for point in plan.points], optional=2),
+        Column("batch size", [each.batch for each in work], "left", optional=1),
+        Column("steps", [each.steps for each in work]),
+        Column("est. time", [duration(s) if s is not None else DASH for s in seconds], optional=3),
+        Column("state", list(states), "left"),
+    ]
+    console.print()
+    console.print(table(columns, screen_width(console)), soft_wrap=True)
+
+
+def show_invalid(console: Console, plan: Plan) -> None:
+    """The invalid points with all their reasons; points with the same reasons stand together."""
+    reasons: dict[str, list[dict[str, str]]] = {}
+    for point in plan.invalid:
+        reasons.setdefault(point.problem or "", []).append(point.axes)
+    for problem, points in reasons.items():
+        console.print()
+        say(console, f"invalid: {name_points(points) or 'the only point'}", style="red")
+        say(console, *("  " + line for line in problem.splitlines()))
+
+
+def describe(config: Config) -> Work:
+    """Batch sizes and optimizer steps: exact where no measurement decides, else the range it can take."""
+    schedule = batch_schedules.schedule_class(config.batch.schedule)(config)
+    if schedule.measures:
+        multiple = config.batch_multiple
+        first = schedule.start()[1].size
+        largest = max(first, (config.batch.max_size or first) // multiple * multiple)
+        steps = [-(-config.budget_sequences // size) for size in (largest, first)]
+        return Work(f"{first}…{largest} {config.batch.schedule}", f"{steps[0]}…{steps[1]}")
+    sizes = [size for _, size in batch_plan(config)]
+    whole = sizes[:-1] or sizes  # the last step, cut to the budget, is no size of its own
+    stages = [str(size) for size, _ in itertools.groupby(whole)]
+    if len(stages) > _LISTED_SIZES:
+        stages = [stages[0], "…", stages[-1]]
+    return Work("→".join(stages), str(len(sizes)))
+
+
+def _describe_all(points: Sequence[Point]) -> list[Work]:
+    """Points that differ in other things share one batch plan, which can be long to walk through."""
+    known: dict[str, Work] = {}
+    works = []
+    for config in (point.config for point in points):
+        if config is None:
+            works.append(Work(DASH, DASH))
+            continue
+        key = repr((config.batch, config.budget_sequences, config.batch_multiple))
+        if key not in known:
+            known[key] = describe(config)
+        works.append(known[key])
+    return works
+
+
+class Rates:
+    """Tokens per second of finished runs, newest first, by what the speed depends on."""
+
+    def __init__(self) -> None:
+        self._finished = _finished_runs()
+
+    def matching(self, config: Config) -> list[float]:
+        """Of runs with this model, mesh and sequence length; with this batch group too if there are any."""
+        alike = [(other, rate) for other, rate in self._finished if _shape(other) == _shape(config)]
+        same_batch = [rate for other, rate in alike if other.batch == config.batch]
+        return same_batch or [rate for _, rate in alike]
+
+    def seconds(self, config: Config) -> float | None:
+        rates = self.matching(config)
+        return config.budget_tokens / statistics.median(rates) if rates else None
+
+
+def _shape(config: Config) -> object:
+    return (config.model, config.parallel, config.data.sequence_length, config.data.micro_batch)
+
+
+def _finished_runs() -> list[tuple[Config, float]]:
+    """The config and the tokens per second of the newest finished runs."""
+    newest = sorted((home() / "runs").glob("*/status.json"), key=lambda path: -path.stat().st_mtime)
+    finished: list[tuple[Config, float]] = []
+    for file in newest:
+        run = RunDirectory(file.parent)
+        status, row = run.status(), run.last_row()
+        if status and status.state == "DONE" and row and row["time"] > 0:
+            with contextlib.suppress(ConfigError):  # frozen under an older schema
+                finished.append((run.config(), row["tokens"] / row["time"]))
+        if len(finished) == _RECENT_RUNS:
+            break
+    return finished
+
+
+def _estimate(points: Sequence[Point], rates: Rates) -> list[str]:
+    """Sentences on the time the points would take and where the figure comes from."""
+    configs = [point.config for point in points if point.config]
+    if not configs:
+        return []
+    seconds = [s for config in configs if (s := rates.seconds(config)) is not None]
+    tokens = count(sum(config.budget_tokens for config in configs))
+    if not seconds:
+        return [f"{tokens} tokens to train; no finished run here to estimate the time from."]
+    at_a_time = min(configs[0].launch.max_parallel, len(configs))
+    known = "" if len(seconds) == len(configs) else f" for {len(seconds)} of {len(configs)} runs"
+    return [
+        f"{tokens} tokens to train, about {duration(sum(seconds) / at_a_time)}{known}, {at_a_time} at a time "
+        f"(from the median tokens/s of finished runs with the same model, mesh and sequence length)."
+    ]
+
+
+def _ranks(point: Point) -> str:
+    return str(point.config.parallel.world_size) if point.config else DASH

@@ -1,0 +1,285 @@
+"""What a running sweep looks like: a live table on a terminal, lines elsewhere, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from launchers.plan import Plan, Point, again
+from launchers.table import (
+    Column,
+    axis_columns,
+    count,
+    duration,
+    name_points,
+    say,
+    screen_width,
+    show_command,
+    table,
+    tally,
+)
+from pipeline.store import RunDirectory, home
+
+REDRAW_S = 0.5
+LINE_S = 10.0  # between progress lines where there is no terminal
+TRACEBACK_LINES = 6
+_TAIL_BYTES = 8192
+_ENOUGH_FOR_AN_ESTIMATE = 0.03  # share of the remaining tokens; before it, starting up dominates the speed
+
+States = Mapping[str, str]  # run -> waiting, running, done, failed, cancelled, elsewhere
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, from its files. None: not known yet."""
+
+    step: int
+    tokens: int
+    budget: int
+    loss: float | None = None
+    batch: int | None = None
+    tokens_per_s: float | None = None
+    seconds: float | None = None  # since its last attempt began
+
+
+def read_progress(point: Point, state: str) -> Progress:
+    """Of a finished run the speed of the whole and the batch it had come to: its last step is cut to the
+    budget and stands for neither."""
+    assert point.config
+    status, row = point.directory.status(), point.directory.last_row()
+    budget = point.config.budget_tokens
+    if status is None or not status.attempt:
+        return Progress(0, 0, budget)
+    end = time.time() if state == "running" else status.updated
+    seconds = end - status.started if end and status.started else None
+    if row is None:
+        return Progress(status.step, status.tokens_seen, budget, seconds=seconds)
+    done = state == "done" and row["time"] > 0
+    return Progress(
+        step=status.step,
+        tokens=status.tokens_seen,
+        budget=budget,
+        loss=row["train/loss"],
+        batch=math.ceil(row["batch/requested"]) if done else row["batch/size"],
+        tokens_per_s=row["tokens"] / row["time"] if done else row["throughput/tokens_per_s"],
+        seconds=seconds,
+    )
+
+
+class View:
+    """Follows a sweep. Only running points are read again: the files of the others do not change."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self.console, self.plan = console, plan
+        self.states: States = {}
+        self.progress: dict[str, Progress] = {}
+        self._begun = time.monotonic()
+        self._tokens_at_begin: int | None = None
+
+    def update(self, states: States, changed: Sequence[Point], last: bool = False) -> None:
+        raise NotImplementedError
+
+    def read(self, states: States, changed: Sequence[Point]) -> None:
+        self.states = dict(states)
+        fresh = {point.run for point in changed}
+        for point in self.plan.valid:
+            run = point.run or ""
+            if run not in self.progress or run in fresh or states[run] == "running":
+                self.progress[run] = read_progress(point, states[run])
+        if self._tokens_at_begin is None:
+            self._tokens_at_begin = self._tokens()
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._begun
+
+    def summary(self) -> list[str]:
+        """`2 done, 1 running, 5 waiting` and `31% of 6.4M tokens, 24.1k tokens/s, 1:20 so far, 3:04 left`."""
+        budget = sum(p.budget for p in self.progress.values())
+        tokens = self._tokens()
+        trained = tokens - (self._tokens_at_begin or 0)
+        rate = trained / self.elapsed
+        ahead = sum(
+            p.budget - p.tokens
+            for run, p in self.progress.items()
+            if self.states[run] in ("waiting", "running")
+        )
+        parts = [f"{tokens / budget:.0%} of {count(budget)} tokens"]
+        if trained > 0:
+            parts.append(f"{count(rate)} tokens/s")
+        parts.append(f"{duration(self.elapsed)} so far")
+        if ahead and trained > _ENOUGH_FOR_AN_ESTIMATE * ahead:
+            parts.append(f"{duration(ahead / rate)} left")
+        return [tally(self.states.values(), {}), ", ".join(parts)]
+
+    def rows(self, points: Sequence[Point]) -> list[Column]:
+        runs = [point.run or "" for point in points]
+        progress = [self.progress[run] for run in runs]
+        return [
+            Column("run", runs, "left"),
+            *axis_columns(self.plan.axes, [point.axes for point in points]),
+            Column("state", [self.states[run] for run in runs], "left"),
+            Column("step", [str(p.step) if p.step else "" for p in progress], optional=3),
+            Column("tokens", [f"{count(p.tokens)}/{count(p.budget)}" for p in progress], optional=5),
+            Column("%", [f"{p.tokens / p.budget:.0%}" for p in progress]),
+            Column("loss", [_or_blank("{:.3f}".format, p.loss) for p in progress]),
+            Column("seq/step", [_or_blank(str, p.batch) for p in progress], optional=2),
+            Column("tok/s", [_or_blank(count, p.tokens_per_s) for p in progress], optional=1),
+            Column("time", [_or_blank(duration, p.seconds) for p in progress], optional=4),
+        ]
+
+    def _tokens(self) -> int:
+        return sum(p.tokens for p in self.progress.values())
+
+
+class LiveView(View):
+    """A table that is drawn again in place."""
+
+    def __init__(self, console: Console, plan: Plan, live: Live) -> None:
+        super().__init__(console, plan)
+        self._live, self._drawn = live, 0.0
+
+    def update(self, states: States, changed: Sequence[Point], last: bool = False) -> None:
+        now = time.monotonic()
+        if changed or last or now - self._drawn > REDRAW_S:
+            self._drawn = now
+            self.read(states, changed)
+            self._live.update(self._draw(whole=last), refresh=True)
+
+    def _draw(self, whole: bool) -> Group:
+        points = self.plan.valid
+        shown = points if whole else choose(points, self.states, room=self.console.height - 7)
+        hidden = [self.states[p.run or ""] for p in points if p not in shown]
+        more = [f"and {len(hidden)} more: {tally(hidden, {})}"] if hidden else []
+        below = Text("\n".join([*more, "", *self.summary()]), no_wrap=True, overflow="ellipsis")
+        return Group(Text(), table(self.rows(shown), self.console.width), below)
+
+
+class LineView(View):
+    """A line whenever a run starts or ends, and one on the whole sweep now and then."""
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        super().__init__(console, plan)
+        self._printed = time.monotonic()
+
+    def update(self, states: States, changed: Sequence[Point], last: bool = False) -> None:
+        due = time.monotonic() - self._printed > LINE_S
+        if not (changed or last or due):
+            return
+        self.read(states, changed)
+        for point in changed:
+            self._print(self._line(point))
+        if due:
+            self._print("; ".join(self.summary()))
+            self._printed = time.monotonic()
+        if last:
+            self._print("; ".join(self.summary()))
+            self.console.print()
+            self.console.print(table(self.rows(self.plan.valid), screen_width(self.console)), soft_wrap=True)
+
+    def _line(self, point: Point) -> str:
+        run = point.run or ""
+        state, progress = self.states[run], self.progress[run]
+        line = f"{run} {name_points([point.axes])}".rstrip()
+        if state == "running":
+            return f"{line}: started"
+        if state == "done":
+            line += f": done, {count(progress.tokens)} tokens"
+            return line + _or_blank(", loss {:.3f}".format, progress.loss)
+        return f"{line}: {'is being run by another process' if state == 'elsewhere' else state}"
+
+    def _print(self, line: str) -> None:
+        self.console.print(f"{duration(self.elapsed):>8}  {line}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def screen(console: Console, plan: Plan) -> Iterator[View]:
+    """The view that fits where the output goes."""
+    if not console.is_terminal:
+        yield LineView(console, plan)
+        return
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        yield LiveView(console, plan, live)
+
+
+def choose(points: Sequence[Point], states: States, room: int) -> list[Point]:
+    """The points worth the lines a screen has, in their order: what runs, what failed, what comes next."""
+    interest = {"running": 0, "failed": 1, "cancelled": 1, "elsewhere": 2, "waiting": 3, "done": 4}
+    ranked = sorted(range(len(points)), key=lambda i: (interest.get(states[points[i].run or ""], 1), i))
+    return [points[i] for i in sorted(ranked[: max(1, room)])]
+
+
+def conclude(console: Console, plan: Plan, states: States, signal_number: int | None) -> None:
+    """How the sweep ended and what to type next."""
+    show_failures(console, [point for point in plan.valid if states[point.run or ""] == "failed"])
+    console.print()
+    if signal_number:
+        cause = "Ctrl-C" if signal_number == signal.SIGINT else signal.Signals(signal_number).name
+        say(console, f"Stopped by {cause}: {tally(states.values(), {})}.")
+        show_command(console, "continue", again())
+        return
+    if "failed" in states.values():
+        show_command(console, "retry", again())
+    wandb = home() / "sweeps" / plan.name / "wandb"
+    if any(wandb.glob("*")):
+        show_command(console, "browse", f"wandb leet {os.path.relpath(wandb)}")
+    if "done" in states.values():
+        show_command(console, "compare", f"python -m analysis {plan.name}")
+
+
+def show_failures(console: Console, points: Sequence[Point]) -> None:
+    """Each error once, whatever its numbers, with the runs it ended and the last words of the first."""
+    errors: dict[str, list[Point]] = {}
+    for point in points:
+        status = point.directory.status()
+        line = status.error if status and status.error else "the reason was not recorded"
+        errors.setdefault(re.sub(r"\d+", "0", line), []).append(point)
+    for alike in errors.values():
+        first = alike[0].directory
+        console.print()
+        axes = name_points([point.axes for point in alike])
+        say(console, f"{len(alike)} failed: {axes}", style="bold red")
+        status = first.status()
+        say(console, f"  {status.error if status else ''}")
+        log, lines = last_words(first)
+        for line in lines:
+            console.print(f"  │ {line}"[: screen_width(console)], soft_wrap=True)
+        if log:
+            say(console, f"  {os.path.relpath(log)}")
+
+
+def last_words(run: RunDirectory) -> tuple[Path | None, list[str]]:
+    """The log that tells most of the newest attempt, and the end of its last traceback."""
+    logs: dict[int, list[Path]] = {}
+    for path in sorted(run.logs.glob("attempt-*.rank-*.log")):
+        if found := re.match(r"attempt-(\d+)\.", path.name):
+            logs.setdefault(int(found[1]), []).append(path)
+    candidates = [*(logs[max(logs)] if logs else []), run.logs / "launcher.log"]
+    texts = [(path, _tail(path)) for path in candidates if path.exists()]
+    telling = [(path, text) for path, text in texts if "Traceback" in text] or texts[-1:]
+    if not telling:
+        return None, []
+    path, text = telling[0]
+    lines = [line for line in text.rstrip().splitlines() if line.strip(" ^~")]
+    return path, lines[-TRACEBACK_LINES:]
+
+
+def _tail(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _or_blank(show: Callable[[float], str], value: float | None) -> str:
+    return "" if value is None else show(value)
