@@ -7,6 +7,7 @@ import sys
 import traceback
 from typing import Any
 
+from pipeline.batch import schedule_class
 from pipeline.config import Config, to_tree
 from pipeline.store import Row, RunDirectory
 
@@ -48,6 +49,7 @@ class Tracker:
             # kill -9 loses what is not yet in the file; 15 s is the library's default.
             "x_transaction_log_flush_interval": 1.0,
         }
+        _, first = schedule_class(config.batch.schedule)(config).start()
         settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields})
         self._run = wandb.init(
             mode=mode,
@@ -56,7 +58,7 @@ class Tracker:
             group=config.track.group,
             # One id per attempt: an offline id that is logged to twice comes out with shifted steps.
             id=f"{run.id}-a{attempt}",
-            name=f"{config.batch.schedule}-{config.model.name}-seed{config.seed}",
+            name=f"{config.batch.schedule}-{first.size}-{config.model.name}-seed{config.seed}",
             job_type="train",
             tags=[*config.track.tags, config.batch.schedule, config.model.name, config.parallel.strategy],
             config={**flatten(to_tree(config)), "run": run.id, "attempt": attempt},

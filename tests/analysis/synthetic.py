@@ -1,0 +1,179 @@
+"""Sweeps on disk with made-up numbers, written through the real RunDirectory."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.store import MetricsWriter, Row, RunDirectory, State, Status, home
+from tests.support import config
+
+HOUR_ZERO = 1_760_000_000.0  # 2025-10-09 08:53:20 UTC
+
+
+@dataclass
+class Point:
+    """One point of a made-up sweep. `rows` None: nothing recorded; `state` None: nothing started."""
+
+    axes: dict[str, str]
+    rows: list[Row] | None = None
+    state: State | None = "DONE"
+    error: str | None = None
+    problem: str | None = None
+    extra: list[str] = field(default_factory=list)  # further overrides
+
+
+def write_sweep(name: str, points: Sequence[Point], common: Sequence[str] = ("experiment=demo",)) -> None:
+    entries: list[dict[str, Any]] = []
+    for number, point in enumerate(points):
+        overrides = [*common, *(f"{axis}={value}" for axis, value in point.axes.items()), *point.extra]
+        run = None if point.problem else _write_run(_config(*overrides), point, number)
+        entries.append({"run": run, "axes": point.axes, "overrides": overrides, "problem": point.problem})
+    axes = list(dict.fromkeys(axis for point in points for axis in point.axes))
+    swept = [f"{axis}={','.join(dict.fromkeys(p.axes.get(axis, '') for p in points))}" for axis in axes]
+    manifest = {
+        "name": name,
+        "created": HOUR_ZERO,
+        "command": ["python", "-m", "pipeline", "-m", *common, *swept],
+        "axes": axes,
+        "common": dict(item.split("=", 1) for item in common),
+        "points": entries,
+    }
+    folder = home() / "sweeps" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+_config = functools.cache(config)  # composing takes a while
+
+
+def _write_run(settings: Config, point: Point, number: int) -> str:
+    directory = RunDirectory.of(settings)
+    if point.state is None:
+        return directory.id
+    directory.freeze(settings)
+    if point.rows:
+        writer = MetricsWriter(directory.metrics_file)
+        for row in point.rows:
+            writer.write(row)
+        writer.close()
+    last = point.rows[-1] if point.rows else {"step": 0, "tokens": 0}
+    directory.write_status(
+        Status(
+            point.state,
+            attempt=1,
+            step=last["step"],
+            tokens_seen=last["tokens"],
+            budget_tokens=settings.budget_tokens,
+            started=HOUR_ZERO + 60 * number,
+            host="node-1",
+            exit_code=0 if point.state == "DONE" else 1,
+            error=point.error,
+        )
+    )
+    return directory.id
+
+
+def train_row(step: int, tokens: int, loss: float, size: int, seconds: float, **more: float) -> Row:
+    return {
+        "step": step,
+        "tokens": tokens,
+        "sequences": tokens // 128,
+        "time": seconds,
+        "wall": HOUR_ZERO + seconds,
+        "attempt": 1,
+        "train/loss": loss,
+        "lr": 1e-3,
+        "batch/size": size,
+        "batch/requested": more.pop("requested", size),
+        "batch/accumulation": 1,
+        "grad/norm": 1.0,
+        "throughput/tokens_per_s": 1.0,
+        **more,
+    }
+
+
+def val_row(step: int, tokens: int, loss: float, seconds: float) -> Row:
+    return {
+        "step": step,
+        "tokens": tokens,
+        "sequences": tokens // 128,
+        "time": seconds,
+        "wall": HOUR_ZERO + seconds,
+        "attempt": 1,
+        "val/loss": loss,
+    }
+
+
+def short_run(val_loss: float, steps: int = 4, train_loss: float = 3.0, seconds: float = 8.0) -> list[Row]:
+    """800k tokens in equal steps, one evaluation at the end."""
+    tokens = 800_000 // steps
+    size = tokens // 128
+    rows = [train_row(i, i * tokens, train_loss, size, seconds * i / steps) for i in range(1, steps + 1)]
+    return [*rows, val_row(steps, steps * tokens, val_loss, seconds)]
+
+
+def pairs(losses: dict[str, Sequence[float]], **shape: Any) -> list[Point]:
+    """Finished short runs: schedule -> final validation loss by seed; `shape`: of short_run."""
+    return [
+        Point({"batch": batch, "seed": str(seed)}, short_run(loss, **shape.get(batch, {})))
+        for batch, values in losses.items()
+        for seed, loss in enumerate(values)
+    ]
+
+
+# --- realistic curves ------------------------------------------------------------------------------------
+
+
+def realistic_run(
+    batch: Callable[[float], int], seed: int, budget: int = 800_000, stop: float = 1.0, measured: bool = False
+) -> list[Row]:
+    """A demo-sized run: power-law losses, worse with fewer steps, noise that shrinks with the batch.
+
+    batch: the size at a share of the budget; stop: the share at which the run breaks off.
+    """
+    noise, seed_offset = random.Random(seed), 0.02 * random.Random(1000 + seed).gauss(0, 1)
+    rows: list[Row] = []
+    sequences, step, seconds, evaluated, progress = 0, 0, 0.0, 0, 0.0
+    while sequences < budget // 128 * stop:
+        requested = batch(sequences * 128 / budget)
+        size = min(requested, budget // 128 - sequences)
+        sequences, step = sequences + size, step + 1
+        seconds += 0.012 + size * 128 / 60_000
+        progress += size**0.35 / 390
+        tokens = sequences * 128
+        loss = 1.75 + 3.8 * math.exp(-3.4 * progress**0.55) + seed_offset
+        scale = 5 + 160 * tokens / budget
+        more = {"requested": float(requested)}
+        if measured:
+            variance = scale * math.exp(noise.gauss(0, 0.25))
+            more |= {"stat/noise_scale": variance if noise.random() > 0.03 else -4 * variance}
+        sample = loss + noise.gauss(0, 0.35 / math.sqrt(size))
+        rows.append(train_row(step, tokens, sample, size, seconds, **more))
+        if tokens // 80_000 > evaluated or tokens == budget // 128 * 128:
+            evaluated = tokens // 80_000
+            rows.append(val_row(step, tokens, loss + noise.gauss(0, 0.004) + 0.03, seconds))
+    return rows
+
+
+SCHEDULES: dict[str, tuple[Callable[[float], int], bool]] = {
+    "constant_16": (lambda share: 16, False),
+    "constant_64": (lambda share: 64, False),
+    "stages": (lambda share: 16 if share < 0.1 else 32 if share < 0.3 else 64, False),
+    "norm_test": (lambda share: min(8 * round(1 + 5 * share), 256), True),
+}
+
+
+def realistic(seeds: int = 2) -> list[Point]:
+    """The demo: four schedules, all runs finished."""
+    return [
+        Point({"batch": name, "seed": str(seed)}, realistic_run(batch, seed, measured=measured))
+        for name, (batch, measured) in SCHEDULES.items()
+        for seed in range(seeds)
+    ]

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import altair
+import pytest
+
+from analysis import curves, figures, look, panels
+from analysis.__main__ import main
+from analysis.load import load_sweep
+from analysis.report import build, render, to_json
+from tests.analysis.synthetic import Point, pairs, realistic, realistic_run, short_run, write_sweep
+from tests.support import ROOT
+
+MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.fixture(scope="module")
+def content(demo: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((demo / "report.json").read_text())
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------
+
+
+def test_all_files_are_there_and_small(demo: Path) -> None:
+    names = {path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()}
+    images = {"tradeoff", "validation_loss", "training_loss", "batch_size", "noise_scale"}
+    assert names == {
+        *("report.html", "report.md", "report.json", "runs.csv", "schedules.csv"),
+        *(f"figures/{name}.png" for name in images),
+    }
+    assert (demo / "report.html").stat().st_size < 2e6
+    for image in (demo / "figures").iterdir():
+        data = image.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        assert int.from_bytes(data[16:20]) > 1000  # pixels wide: twice the size on the page
+
+
+def test_runs_csv_has_every_run_with_full_precision(demo: Path, content: dict[str, Any]) -> None:
+    with open(demo / "runs.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 10 == len(content["runs"])
+    for row, run in zip(table, content["runs"], strict=True):
+        assert (row["run"] or None) == run["run"] and row["batch"] == run["axes"]["batch"]
+        for number in ("val_loss", "train_loss", "mean_batch", "seconds"):
+            assert (float(row[number]) if row[number] else None) == run[number]
+    assert [row["state"] for row in table].count("DONE") == 8
+    assert table[8]["problem"] == "RuntimeError: <b>full</b> | disk"
+    assert table[9]["state"] == "INVALID"
+
+
+def test_the_statistics_are_those_of_the_record_not_of_the_thinned_curves(
+    demo: Path, content: dict[str, Any]
+) -> None:
+    """Recomputed from the made-up rows themselves."""
+    means = {s["schedule"]: s for s in content["schedules"]}
+    losses: dict[str, list[float]] = {}
+    for point in realistic():
+        assert point.rows is not None
+        losses.setdefault(point.axes["batch"], []).append(point.rows[-1]["val/loss"])
+    for label, (first, second) in losses.items():
+        assert means[label]["val_loss"] == pytest.approx((first + second) / 2)
+        half = 12.7062 * abs(first - second) / 2  # s/√2 of two values is half their distance
+        assert means[label]["val_loss_high"] - means[label]["val_loss"] == pytest.approx(half, rel=1e-4)
+    for comparison in content["comparisons"][:3]:
+        gaps = [a - b for a, b in zip(losses[comparison["schedule"]], losses["constant_16"], strict=True)]
+        assert comparison["difference"] == pytest.approx(sum(gaps) / 2)
+
+
+# --- markdown --------------------------------------------------------------------------------------------
+
+
+def cells(text: str, heading: str) -> list[dict[str, str]]:
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    table = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    return [dict(zip(table[0], row, strict=True)) for row in table[2:]]
+
+
+def shows(cell: str, *values: float | None) -> bool:
+    """Whether the numbers in the cell are `values`, rounded to the digits shown."""
+    shown = re.findall(rf"[{MINUS}+]?\d[\d,]*\.?\d*", cell)
+    if not shown:
+        return values == (None,) or all(value is None for value in values)
+    known = [value for value in values if value is not None]
+    return len(shown) == len(known) and all(
+        abs(float(text.replace(MINUS, "-").replace(",", "")) - value)
+        <= 0.5001 * 10.0 ** -len(text.partition(".")[2])
+        for text, value in zip(shown, known, strict=True)
+    )
+
+
+def half(numbers: dict[str, Any], name: str) -> float | None:
+    return None if numbers[f"{name}_high"] is None else numbers[f"{name}_high"] - numbers[name]
+
+
+def test_every_number_of_the_markdown_is_in_the_json(demo: Path, content: dict[str, Any]) -> None:
+    text = (demo / "report.md").read_text()
+    table = cells(text, "Schedules")
+    assert len(table) == len(content["schedules"]) == 5
+    for row, numbers in zip(table, content["schedules"], strict=True):
+        assert row["schedule"].removesuffix(" (baseline)") == numbers["schedule"]
+        assert shows(row["validation loss"], numbers["val_loss"], half(numbers, "val_loss"))
+        assert shows(row["training loss"], numbers["train_loss"], half(numbers, "train_loss"))
+        assert shows(row["difference to baseline"], numbers["difference"], half(numbers, "difference"))
+        for column, name in (
+            ("steps", "steps"),
+            ("mean batch", "mean_batch"),
+            ("final batch", "final_batch"),
+        ):
+            assert shows(row[column], numbers[name]), (column, row)
+        assert shows(row["training time"], numbers["seconds"])
+        assert row["runs"] == f"{numbers['finished']}/{numbers['runs']}"
+    for row, run in zip(cells(text, "Runs"), content["runs"], strict=True):
+        assert shows(row["validation loss"], run["val_loss"]) and shows(
+            row["training loss"], run["train_loss"]
+        )
+        assert shows(row["steps"], run["steps"]) and row["state"] == run["state"]
+    for sentence in (content["headline"], *content["verdicts"], *content["cautions"]):
+        assert sentence in text
+
+
+def test_sentences_carry_the_numbers_of_the_json(content: dict[str, Any]) -> None:
+    means = {s["schedule"]: s for s in content["schedules"]}
+    for comparison, sentence in zip(content["comparisons"][:3], content["verdicts"][:3], strict=True):
+        own = means[comparison["schedule"]]
+        words = sentence.replace(comparison["schedule"], "", 1).replace(comparison["baseline"], "")
+        words = re.sub(r"95% interval|\(\S+%\)|, \d seeds", "", words)
+        assert shows(
+            words,
+            own["val_loss"],
+            half(own, "val_loss"),
+            abs(comparison["difference"]),
+            comparison["difference_low"],
+            comparison["difference_high"],
+            comparison["steps"],
+            comparison["baseline_steps"],
+            comparison["seconds"],
+            comparison["baseline_seconds"],
+        ), sentence
+
+
+def test_failed_and_refused_runs_are_listed_with_the_way_on(demo: Path, content: dict[str, Any]) -> None:
+    text = (demo / "report.md").read_text()
+    failed, refused = cells(text, "Not finished")
+    assert failed["state"] == "FAILED" and failed["problem"] == r"RuntimeError: &lt;b>full&lt;/b> \| disk"
+    assert refused["state"] == "INVALID" and "batch.size=6" in refused["problem"]
+    assert "`python -m pipeline -m experiment=demo batch=constant_16," in text
+    assert "8 of 10 runs finished" in text
+    assert content["finished"] == 8 and content["runs_in_all"] == 10
+    page = (demo / "report.html").read_text()
+    assert "RuntimeError: &lt;b&gt;full&lt;/b&gt; | disk" in page and "<b>full" not in page
+
+
+def test_figures_of_the_markdown_exist(demo: Path) -> None:
+    links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (demo / "report.md").read_text())
+    assert len(links) == 5 and all((demo / link).exists() for link in links)
+
+
+# --- html ------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.styles: list[str] = []
+        self._open = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open = tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open == "style":
+            self.styles.append(data)
+
+
+@pytest.fixture(scope="module")
+def page(demo: Path) -> Page:
+    parser = Page()
+    parser.feed((demo / "report.html").read_text())
+    return parser
+
+
+def test_the_page_loads_nothing(page: Page) -> None:
+    loading = ("src", "srcset", "data", "poster", "background", "action", "xlink:href")
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "img"), (tag, attributes)
+        assert not [name for name in loading if name in attributes], (tag, attributes)
+        assert (attributes.get("href") or "#").startswith("#"), (tag, attributes)
+    assert page.styles and not re.search(r"url\(|@import", "".join(page.styles))
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy is not None and "default-src 'none'" in policy and "http" not in policy
+
+
+def test_the_page_is_accessible(page: Page) -> None:
+    headings = [int(tag[1]) for tag, _ in page.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert headings[0] == 1 and headings.count(1) == 1
+    assert all(after - before <= 1 for before, after in itertools.pairwise(headings))
+    assert all(attributes.get("scope") in ("col", "row") for tag, attributes in page.tags if tag == "th")
+    identifiers = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    for _, attributes in page.tags:
+        if reference := attributes.get("aria-labelledby"):
+            assert reference in identifiers
+    charts = [attributes for _, attributes in page.tags if "data-panel" in attributes]
+    assert len(charts) == 9
+    assert all(len(str(chart["aria-label"])) > 60 and chart["role"] == "img" for chart in charts)
+    scrolling = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
+    assert len(scrolling) == 3 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize(("scheme", "ground"), [("light", "#ffffff"), ("dark", "#14171b")])
+def test_colours_stand_out_from_the_page(scheme: look.Scheme, ground: str) -> None:
+    """WCAG asks for 3:1 of graphics."""
+    assert len(set(look.PALETTE[scheme])) == 8
+    for color in look.PALETTE[scheme]:
+        bright, dim = sorted((luminance(color), luminance(ground)), reverse=True)
+        assert (bright + 0.05) / (dim + 0.05) >= 3, color
+
+
+def test_a_repeated_colour_has_another_dash() -> None:
+    looks = list(zip(look.colors("light", 24), map(tuple, look.dashes(24)), strict=True))
+    assert len(set(looks)) == 24
+
+
+# --- figures ---------------------------------------------------------------------------------------------
+
+
+def test_figures_are_valid_and_one_schedule_looks_the_same_everywhere(home: Path) -> None:
+    write_sweep("s", realistic())
+    report = build(load_sweep("s"), [], 0.0)
+    domains = set()
+    for figure in report.figures:
+        spec = figures.joined(figure, report.datasets, report.labels)
+        altair.HConcatChart.from_dict({**spec, "datasets": {}})  # raises where it breaks the schema
+        assert figure.alternative and figure.caption
+        for panel in figure.panels:
+            for layer in panel.spec["layer"]:
+                for channel in ("color", "strokeDash", "shape"):
+                    if channel in layer["encoding"]:
+                        domains.add(tuple(layer["encoding"][channel]["scale"]["domain"]))
+    assert domains == {("constant_16", "constant_64", "stages", "norm_test")}
+    assert [f.name for f in report.figures] == [
+        "tradeoff",
+        "validation_loss",
+        "training_loss",
+        "batch_size",
+        "noise_scale",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "title", "ticks"),
+    [
+        (18.0, "training time (s)", [0, 5, 10, 15]),
+        (1500.0, "training time (min)", [0, 300, 600, 900, 1200, 1500]),
+        (36_000.0, "training time (h)", [0, 7200, 14_400, 21_600, 28_800, 36_000]),
+    ],
+)
+def test_time_is_shown_in_the_unit_that_suits(seconds: float, title: str, ticks: list[float]) -> None:
+    *_, time = panels.axes({"tokens": 1.0, "step": 1.0, "time": seconds})
+    assert (time.title, time.spec["values"]) == (title, ticks)
+
+
+def test_curves_are_thinned_for_drawing_only(home: Path) -> None:
+    rows = realistic_run(lambda share: 8, 0)
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, rows)])
+    report = build(load_sweep("s"), [], 0.0)
+    training = [row for row in rows if "train/loss" in row]
+    assert len(training) > 700 > curves.POINTS_PER_LINE
+    drawn = report.datasets["training_runs"]
+    assert len(drawn["y"]) <= curves.POINTS_PER_LINE + 2
+    assert max(drawn["y"]) == pytest.approx(max(row["train/loss"] for row in training), rel=1e-4)
+    assert report.numbers[0].steps == len(training)
+
+
+def test_mean_curves_are_means_at_equal_tokens(home: Path) -> None:
+    """Two seeds of 2 and 3 evaluations: 4 → 2 and 6 → 5 → 2; at 400k tokens the mean of 3 and 5 is 4."""
+    evaluations = {
+        "0": [(1, 200_000, 4.0), (2, 600_000, 2.0)],
+        "1": [(1, 200_000, 6.0), (2, 400_000, 5.0), (3, 600_000, 2.0)],
+    }
+    points = []
+    for seed, found in evaluations.items():
+        rows = short_run(2.0)[:-1]
+        rows = [*rows, *({**short_run(loss)[-1], "step": i, "tokens": t} for i, t, loss in found)]
+        points.append(Point({"batch": "constant_16", "seed": seed}, rows))
+    write_sweep("s", points)
+    means = build(load_sweep("s"), [], 0.0).datasets["validation_means"]
+    over_tokens = [
+        (x, y) for x, y, axis in zip(means["x"], means["y"], means["axis"], strict=True) if axis == "tokens"
+    ]
+    assert over_tokens == [(200_000, 5.0), (400_000, 4.0), (600_000, 2.0)]
+
+
+def test_the_front_holds_what_no_other_schedule_beats(home: Path) -> None:
+    """stages takes as many steps as constant_64 for a higher loss; the others trade one for the other."""
+    points = pairs(
+        {"constant_16": [2.0], "constant_64": [2.5], "stages": [2.6], "norm_test": [2.2]},
+        constant_16={"steps": 50},
+        constant_64={"steps": 10},
+        stages={"steps": 10},
+        norm_test={"steps": 25},
+    )
+    write_sweep("s", points)
+    means = build(load_sweep("s"), [], 0.0).datasets["final_means"]
+    assert dict(zip(means["schedule"], means["front"], strict=True)) == {
+        "constant_64": True,
+        "stages": False,
+        "norm_test": True,
+        "constant_16": True,
+    }
+
+
+def test_a_diverged_run_is_a_gap_in_its_curve(home: Path) -> None:
+    rows = realistic_run(lambda share: 16, 0)
+    for row in rows[200:]:
+        row |= {key: math.nan for key in ("train/loss", "val/loss") if key in row}
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, rows)])
+    report = build(load_sweep("s"), [], 0.0)
+    means = report.datasets["training_means"]
+    assert means["y"][10] is not None and means["y"][190] is None
+    assert json.dumps(to_json(report), allow_nan=False).count('"NaN"') >= 2
+
+
+# --- command ---------------------------------------------------------------------------------------------
+
+
+def test_nothing_finished_is_a_report_and_exit_1(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    points = [
+        Point({"batch": "constant_16", "seed": "0"}, realistic_run(lambda share: 16, 0, stop=0.2), "RUNNING"),
+        Point({"batch": "norm_test", "seed": "0"}, None, "FAILED", "out of memory"),
+    ]
+    write_sweep("s", points)
+    assert main(["s"]) == 1
+    shown = capsys.readouterr()
+    assert shown.err == "s: no run has finished; the report shows how far they got\n"
+    assert "0 of 2 runs finished" in shown.out and "python -m pipeline -m experiment=demo" in shown.out
+    text = (home / "reports/s/report.md").read_text()
+    assert "No run has finished, so there is nothing to compare yet." in text and "out of memory" in text
+    assert (home / "reports/s/figures/training_loss.png").exists()
+
+
+def test_nothing_recorded_at_all(home: Path) -> None:
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, None, None)])
+    assert main(["s"]) == 1
+    assert "MISSING" in (home / "reports/s/report.html").read_text()
+
+
+def test_wrong_requests_exit_2_without_a_traceback(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sweep("demo", pairs({"constant_16": [2.0], "norm_test": [2.1]}))
+    assert main(["dmo"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "Did you mean demo?" in shown.err and "Sweeps: demo" in shown.err
+    assert main(["demo", "--baseline", "batch=constant_61"]) == 2
+    assert "Choices: batch=constant_16, batch=norm_test" in capsys.readouterr().err
+    assert not (home / "reports").exists()
+
+
+def test_json_is_the_report_and_its_paths(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0, 2.1], "norm_test": [2.1, 2.2]}))
+    assert main(["s", "--json", "--baseline", "batch=norm_test"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    files = [Path(path) for path in shown.pop("files")]
+    assert all(path.exists() for path in files) and files[0].name == "report.html"
+    assert shown == json.loads((home / "reports/s/report.json").read_text())
+    assert shown["baseline"] == {"batch": "norm_test"}
+
+
+def test_a_figure_that_no_longer_exists_is_removed(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    stale = home / "reports/s/figures/noise_scale.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"old")
+    assert main(["s"]) == 0
+    assert not stale.exists()
+
+
+def test_labels_cannot_break_the_markdown(home: Path) -> None:
+    points = [
+        Point({"batch": "norm_test", "batch.eta": eta, "seed": "0"}, short_run(2.0)) for eta in ("0.2", "0.3")
+    ]
+    write_sweep("s", points)
+    report = build(load_sweep("s"), [], 0.0)
+    report.schedules[0].runs[0].axes["batch"] = "a|b"
+    assert r"a\|b" in render("report.md.j2", report)
+
+
+def test_the_analysis_needs_no_torch() -> None:
+    """It runs on login nodes and laptops: importing torch would take longer than the report."""
+    code = "import sys, analysis.__main__; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

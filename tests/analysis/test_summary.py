@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from analysis.load import load_sweep, record_table
+from analysis.summary import run_numbers, summarise
+from pipeline.config import ConfigError
+from pipeline.store import Row, RunDirectory
+from pipeline.store import home as crescendo_home
+from tests.analysis.synthetic import Point, pairs, short_run, train_row, val_row, write_sweep
+
+
+def numbers_of(rows: list[Row]) -> dict[str, float | None]:
+    return vars(run_numbers(record_table(0, rows))[0])
+
+
+def test_final_training_loss_counts_each_step_by_its_tokens_in_the_last_5_percent() -> None:
+    """10,000 tokens: the window is 9,500 to 10,000. Step 2 lies in it with 100 tokens, step 3 with 400."""
+    rows = [
+        train_row(1, 5_000, 9.0, 8, 1.0),
+        train_row(2, 9_600, 4.0, 8, 2.0),
+        train_row(3, 10_000, 3.0, 8, 3.0),
+    ]
+    assert numbers_of(rows)["train_loss"] == pytest.approx((100 * 4.0 + 400 * 3.0) / 500)
+
+
+def test_numbers_of_a_run_by_hand() -> None:
+    rows = [
+        train_row(1, 1024, 5.0, 8, 1.0),
+        val_row(1, 1024, 4.5, 1.0),
+        train_row(2, 3072, 4.0, 16, 2.0),
+        train_row(3, 3584, 3.0, 4, 4.0, requested=16.0),  # cut to end on the budget
+        val_row(3, 3584, 2.5, 4.0),
+    ]
+    found = numbers_of(rows)
+    assert (found["steps"], found["tokens"], found["seconds"]) == (3, 3584, 4.0)
+    assert found["mean_batch"] == pytest.approx(28 / 3)
+    assert found["final_batch"] == 16
+    assert found["val_loss"] == 2.5
+    assert found["tokens_per_second"] == 896
+
+
+def test_a_loss_before_the_end_is_no_final_loss() -> None:
+    rows = [train_row(1, 1024, 5.0, 8, 1.0), val_row(1, 1024, 4.5, 1.0), train_row(2, 2048, 5.0, 8, 2.0)]
+    assert numbers_of(rows)["val_loss"] is None
+
+
+def test_not_a_number_stays_visible() -> None:
+    rows = [train_row(1, 1024, math.nan, 8, 1.0), val_row(1, 1024, math.inf, 1.0)]
+    found = numbers_of(rows)
+    assert found["train_loss"] is not None and math.isnan(found["train_loss"])
+    assert found["val_loss"] == math.inf
+
+
+def test_every_point_is_kept_with_its_state(home: Path) -> None:
+    points = [
+        Point({"batch": "constant_16", "seed": "0"}, short_run(2.0)),
+        Point({"batch": "constant_16", "seed": "1"}, short_run(2.0)[:2], "FAILED", "out of memory"),
+        Point({"batch": "constant_16", "seed": "2"}, None, None),
+        Point({"batch": "constant_16", "seed": "3"}, short_run(2.0)[:1], "RUNNING"),
+        Point({"batch": "constant_16", "seed": "4"}, short_run(2.0)),
+        Point({"batch": "constant_6", "seed": "0"}, problem="batch.size=6: too small"),
+    ]
+    write_sweep("s", points)
+    sweep = load_sweep("s")
+    damaged = RunDirectory(crescendo_home() / "runs" / str(sweep.runs[4].id))
+    damaged.status_file.write_text('{"state": ')
+    sweep = load_sweep("s")
+    assert [run.state for run in sweep.runs] == [
+        "DONE",
+        "FAILED",
+        "MISSING",
+        "RUNNING",
+        "UNREADABLE",
+        "INVALID",
+    ]
+    assert [run.problem for run in sweep.runs[1:3]] == ["out of memory", None]
+    assert sweep.runs[4].problem is not None
+    assert sweep.runs[4].problem.startswith("status.json cannot be read")
+    assert sweep.runs[5].problem == "batch.size=6: too small"
+    schedules = summarise(sweep, run_numbers(sweep.record))
+    assert [(s.label, len(s.runs), len(s.finished)) for s in schedules] == [
+        ("constant_16", 5, 1),
+        ("constant_6", 1, 0),
+    ]
+
+
+def test_a_finished_run_without_a_record_is_no_finished_run(home: Path) -> None:
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, None, "DONE")])
+    (run,) = load_sweep("s").runs
+    assert run.state == "UNREADABLE"
+    assert run.problem == "metrics.jsonl holds no training step, though the run is done"
+
+
+def test_a_superseded_step_counts_once(home: Path) -> None:
+    first = short_run(9.0, train_loss=9.0)[:3]
+    second = [{**row, "attempt": 2} for row in short_run(2.0, train_loss=3.0)[1:]]
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, [*first, *second])])
+    found = run_numbers(load_sweep("s").record)[0]
+    assert (found.steps, found.train_loss, found.val_loss) == (4, 3.0, 2.0)
+
+
+def test_only_seeds_vary(home: Path) -> None:
+    points = [Point({"seed": str(seed)}, short_run(2.0 + seed)) for seed in range(2)]
+    write_sweep("s", points, common=("experiment=demo", "batch=norm_test"))
+    sweep = load_sweep("s")
+    (schedule,) = summarise(sweep, run_numbers(sweep.record))
+    assert schedule.label == "norm_test"
+    assert schedule.val_loss is not None and schedule.val_loss.mean == 2.5
+
+
+def test_settings_name_what_tells_schedules_apart(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0], "constant_64": [2.0], "stages": [2.0]}))
+    sweep = load_sweep("s")
+    schedules = summarise(sweep, run_numbers(sweep.record))
+    assert schedules[0].settings["size"] == "16" and schedules[1].settings["size"] == "64"
+    assert schedules[2].settings["sizes"] == "[16, 32, 64]"
+    assert "eta" not in schedules[0].settings
+
+
+def test_a_wrong_sweep_names_the_nearest(home: Path) -> None:
+    write_sweep("demo", pairs({"constant_16": [2.0]}))
+    with pytest.raises(ConfigError) as caught:
+        load_sweep("demp")
+    assert "Did you mean demo?" in caught.value.problems[0]
+    assert caught.value.problems[1] == "Sweeps: demo"
+
+
+def test_a_damaged_manifest_is_named(home: Path) -> None:
+    write_sweep("demo", pairs({"constant_16": [2.0]}))
+    (home / "sweeps/demo/manifest.json").write_text('{"name": "demo"')
+    with pytest.raises(ConfigError, match="not a manifest"):
+        load_sweep("demo")

@@ -1,0 +1,214 @@
+"""Sweeps on disk -> verdicts. Expected numbers are worked out by hand beside each test."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from analysis.load import load_sweep
+from analysis.report import Report, build
+from analysis.verdict import Comparison
+from pipeline.config import ConfigError
+from tests.analysis.synthetic import Point, pairs, short_run, write_sweep
+
+MINUS = "\N{MINUS SIGN}"
+
+
+def report(points: list[Point], *baseline: str, common: tuple[str, ...] = ("experiment=demo",)) -> Report:
+    write_sweep("s", points, common)
+    return build(load_sweep("s"), baseline, written=0.0)
+
+
+def verdict(points: list[Point], *baseline: str) -> Comparison:
+    (comparison,) = report(points, *baseline).comparisons
+    return comparison
+
+
+def test_the_demo_table_is_not_distinguishable(home: Path) -> None:
+    """Differences −0.001 and 0.015: mean 0.007, half width 12.706 × 0.008 = 0.102.
+
+    Means: norm_test (2.190 + 2.175)/2 = 2.1825 with 12.706 × 0.0075 = 0.095.
+    """
+    found = verdict(
+        pairs(
+            {"constant_16": [2.191, 2.160], "norm_test": [2.190, 2.175]},
+            constant_16={"steps": 50, "seconds": 20.0},
+            norm_test={"steps": 40, "seconds": 18.0},
+        )
+    )
+    assert found.kind == "not distinguishable"
+    assert found.sentence == (
+        f"norm_test ends at validation loss 2.183 ± 0.095, 0.01 higher than constant_16 (95% interval {MINUS}0.09 "
+        f"to 0.11, 2 seeds): not distinguishable; it took 40 optimizer steps instead of 50 ({MINUS}20%) and 18.0 s "
+        f"of training instead of 20.0 s ({MINUS}10%)."
+    )
+
+
+def test_the_verdict_follows_the_data(home: Path) -> None:
+    low, high = [2.100, 2.051, 2.149], [2.200, 2.152, 2.251]  # differences 0.100, 0.101, 0.102
+    worse = verdict(pairs({"constant_16": low, "norm_test": high}))
+    assert worse.kind == "worse" and "higher than constant_16" in worse.sentence
+    assert worse.difference is not None
+    assert worse.difference.mean == pytest.approx(0.101)
+    assert worse.difference.half_width == pytest.approx(4.30265 * 0.001 / math.sqrt(3), rel=1e-4)
+
+
+def test_the_verdict_flips_when_the_data_flip(home: Path) -> None:
+    low, high = [2.100, 2.051, 2.149], [2.200, 2.152, 2.251]
+    better = verdict(pairs({"constant_16": high, "norm_test": low}))
+    assert better.kind == "better" and "lower than constant_16" in better.sentence
+    assert better.difference is not None and better.difference.mean == pytest.approx(-0.101)
+
+
+def test_the_headline_says_what_cannot_be_told_from_the_best(home: Path) -> None:
+    losses = {
+        "constant_16": [2.0, 2.1],
+        "norm_test": [2.01, 2.12],
+        "stages": [2.02, 2.10],
+        "constant_64": [3.0, 3.1],
+    }
+    assert report(pairs(losses)).headline.endswith("; norm_test and stages are not distinguishable from it.")
+    found = report(pairs({"constant_16": [2.0, 2.1], "norm_test": [1.99, 2.10]})).headline
+    assert found.startswith("norm_test has the lowest") and found.endswith(
+        "not distinguishable from constant_16."
+    )
+    found = report(pairs({"constant_16": [2.0, 2.1], "norm_test": [3.0, 3.1]})).headline
+    assert (
+        found == "constant_16 has the lowest mean validation loss after 800k tokens: 2.05 ± 0.64 (2 seeds)."
+    )
+
+
+def test_one_seed_gives_no_interval_and_no_verdict(home: Path) -> None:
+    found = report(pairs({"constant_16": [2.2], "norm_test": [2.0]}))
+    (comparison,) = found.comparisons
+    assert comparison.kind == "one seed"
+    assert "0.200 lower than constant_16 (1 seed, so no interval and no verdict)" in comparison.sentence
+    assert "±" not in comparison.sentence and "±" not in found.headline
+    assert any(note.startswith("With one seed") for note in found.cautions)
+
+
+def test_only_shared_seeds_are_compared(home: Path) -> None:
+    """Seed 2 of the baseline, far off, is in its mean and not in the difference."""
+    points = pairs({"constant_16": [2.0, 2.1, 9.0], "norm_test": [2.2, 2.3]})
+    found = verdict(points)
+    assert found.seeds == ["0", "1"] and found.difference is not None
+    assert found.difference.mean == pytest.approx(0.2)
+    assert found.kind == "worse"
+
+
+def test_a_diverged_run_is_said_and_never_averaged_away(home: Path) -> None:
+    found = report(pairs({"constant_16": [2.0, 2.1], "norm_test": [1.9, math.nan]}))
+    (comparison,) = found.comparisons
+    assert comparison.kind == "diverged" and "runs of norm_test diverged" in comparison.sentence
+    assert any("1 of 2 finished runs of norm_test" in note for note in found.cautions)
+    assert found.headline.startswith("constant_16 ends at validation loss 2.05")
+
+
+def test_different_budgets_are_no_comparison(home: Path) -> None:
+    points = pairs({"constant_16": [2.0, 2.1], "norm_test": [1.0, 1.1]})
+    for point in points[2:]:
+        point.extra = ["budget.tokens=1600k"]
+    found = report(points)
+    assert found.comparisons[0].kind == "different budget"
+    assert "norm_test trained on 1.6M, constant_16 on 800k tokens" in found.comparisons[0].sentence
+    assert "800k to 1.6M tokens" in found.headline
+
+
+def test_unfinished_runs_count_in_no_mean(home: Path) -> None:
+    points = pairs({"constant_16": [2.0, 2.1], "norm_test": [1.9, 0.1]})
+    points[3].state, points[3].error = "FAILED", "out of memory"
+    found = report(points)
+    norm_test = found.schedules[1]
+    assert norm_test.val_loss is not None and norm_test.val_loss.mean == 1.9
+    assert (len(norm_test.finished), len(norm_test.runs)) == (1, 2)
+    assert "1 run is not finished and counts in no mean." in found.cautions
+
+
+def test_a_schedule_without_a_finished_run(home: Path) -> None:
+    points = pairs({"constant_16": [2.0], "norm_test": [1.9]})
+    points[1].state = None
+    found = verdict(points)
+    assert found.kind == "not finished"
+    assert found.sentence == "norm_test against constant_16: no finished run of norm_test yet."
+
+
+# --- baselines -------------------------------------------------------------------------------------------
+
+
+def test_default_baseline_is_the_first_constant_batch(home: Path) -> None:
+    found = report(pairs({"norm_test": [2.0], "constant_64": [2.1], "constant_16": [2.2]}))
+    assert found.baseline == {"batch": "constant_64"}
+    assert [c.schedule for c in found.comparisons] == ["norm_test", "constant_16"]
+
+
+def test_without_a_constant_batch_the_first_schedule_is_the_baseline(home: Path) -> None:
+    assert report(pairs({"stages": [2.0], "norm_test": [2.1]})).baseline == {"batch": "stages"}
+
+
+def test_a_requested_baseline(home: Path) -> None:
+    found = verdict(pairs({"constant_16": [2.0], "norm_test": [2.1]}), "batch=norm_test")
+    assert (found.schedule, found.baseline) == ("constant_16", "norm_test")
+
+
+def test_a_wrong_baseline_lists_the_choices(home: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        report(pairs({"constant_16": [2.0], "norm_test": [2.1]}), "batch=constant_61")
+    assert "batch=constant_16" in caught.value.problems[0]
+    assert caught.value.problems[1] == "Choices: batch=constant_16, batch=norm_test"
+
+
+def test_like_meets_like_when_several_axes_vary(home: Path) -> None:
+    points = [
+        Point({"model": model, "batch": batch, "seed": str(seed)}, short_run(loss + seed))
+        for model, batch, loss in (
+            ("tiny", "constant_16", 3.0),
+            ("tiny", "norm_test", 3.2),
+            ("10m", "constant_16", 2.0),
+            ("10m", "norm_test", 2.1),
+        )
+        for seed in (0, 1)
+    ]
+    found = report(points)
+    assert [(c.schedule, c.baseline) for c in found.comparisons] == [
+        ("tiny · norm_test", "tiny · constant_16"),
+        ("10m · norm_test", "10m · constant_16"),
+    ]
+    means = [c.difference.mean for c in found.comparisons if c.difference]
+    assert means == pytest.approx([0.2, 0.1])
+
+
+def test_an_axis_that_a_schedule_does_not_read_makes_no_second_schedule(home: Path) -> None:
+    """A constant batch with eta 0.2 and 0.3 is one run, and the baseline of both norm tests."""
+    points = [
+        Point({"batch": batch, "batch.eta": eta, "seed": "0"}, short_run(loss))
+        for batch, eta, loss in (
+            ("constant_16", "0.2", 2.0),
+            ("norm_test", "0.2", 2.1),
+            ("norm_test", "0.3", 2.2),
+        )
+    ]
+    points.insert(1, Point({"batch": "constant_16", "batch.eta": "0.3", "seed": "0"}, None))
+    found = report(points)
+    assert [s.label for s in found.schedules] == ["constant_16", "norm_test · eta=0.2", "norm_test · eta=0.3"]
+    assert len(found.sweep.runs) == 3
+    assert [c.baseline for c in found.comparisons] == ["constant_16", "constant_16"]
+
+
+def test_the_same_axes_under_an_edited_configuration_are_two_schedules(home: Path) -> None:
+    points = [
+        *pairs({"constant_16": [2.0], "norm_test": [2.1]}),
+        Point({"batch": "constant_16", "seed": "0"}, short_run(1.0), extra=["optim.lr=0.001"]),
+        Point({"batch": "norm_test", "seed": "0"}, short_run(1.5), extra=["optim.lr=0.001"]),
+    ]
+    found = report(points)
+    assert [s.label for s in found.schedules] == [
+        "constant_16 (1)",
+        "norm_test (1)",
+        "constant_16 (2)",
+        "norm_test (2)",
+    ]
+    gaps = [c.difference.mean for c in found.comparisons if c.difference]
+    assert gaps == pytest.approx([0.1, 0.5])
+    assert any(note.startswith("Numbered schedules") for note in found.cautions)
