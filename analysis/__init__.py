@@ -1,0 +1,1 @@
+"""Many runs: their records, aligned, compared and reported."""

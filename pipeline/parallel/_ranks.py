@@ -81,7 +81,5 @@ def process_group(config: Config) -> Iterator[Ranks]:
     # gloo beside nccl: checkpoints and decisions travel on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    try:
-        yield ranks
-    finally:
-        dist.destroy_process_group()
+    yield ranks
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

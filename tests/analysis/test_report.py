@@ -331,6 +331,14 @@ def test_the_front_holds_what_no_other_schedule_beats(home: Path) -> None:
     }
 
 
+def test_the_cut_last_step_is_not_drawn_as_a_batch(home: Path) -> None:
+    """6,250 sequences are 97 batches of 64 and one of 42."""
+    rows = realistic_run(lambda share: 64, 0)
+    assert rows[-2]["batch/size"] == 42
+    write_sweep("s", [Point({"batch": "constant_64", "seed": "0"}, rows)])
+    assert set(build(load_sweep("s"), [], 0.0).datasets["batch_runs"]["y"]) == {64}
+
+
 def test_a_diverged_run_is_a_gap_in_its_curve(home: Path) -> None:
     rows = realistic_run(lambda share: 16, 0)
     for row in rows[200:]:

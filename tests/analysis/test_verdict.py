@@ -179,6 +179,19 @@ def test_like_meets_like_when_several_axes_vary(home: Path) -> None:
     assert means == pytest.approx([0.2, 0.1])
 
 
+def test_like_meets_like_within_the_batch_group_as_well(home: Path) -> None:
+    losses = {("0.5", "2.0"): 2.0, ("0.2", "2.0"): 2.1, ("0.5", "4.0"): 3.0, ("0.2", "4.0"): 3.3}
+    points = [
+        Point({"batch.eta": eta, "batch.growth_cap": cap, "seed": "0"}, short_run(loss))
+        for (eta, cap), loss in losses.items()
+    ]
+    found = report(points, "batch.eta=0.5", common=("experiment=demo", "batch=norm_test"))
+    assert [(c.schedule, c.baseline) for c in found.comparisons] == [
+        ("eta=0.2 · growth_cap=2.0", "eta=0.5 · growth_cap=2.0"),
+        ("eta=0.2 · growth_cap=4.0", "eta=0.5 · growth_cap=4.0"),
+    ]
+
+
 def test_an_axis_that_a_schedule_does_not_read_makes_no_second_schedule(home: Path) -> None:
     """A constant batch with eta 0.2 and 0.3 is one run, and the baseline of both norm tests."""
     points = [

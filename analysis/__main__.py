@@ -1,0 +1,70 @@
+"""python -m analysis SWEEP: compares the runs of a sweep and writes reports/SWEEP/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.load import load_sweep
+from analysis.report import Report, build, to_json, write
+from pipeline.config import ConfigError
+from pipeline.store import home
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: written. 1: written, but no run has finished. 2: the request is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        report = build(load_sweep(options.sweep), options.baseline, time.time())
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
+    paths = write(report, home() / "reports" / report.sweep.name)
+    if options.json:
+        print(json.dumps({**to_json(report), "files": [str(p) for p in paths]}, indent=1, allow_nan=False))
+    else:
+        print("\n".join(_screen(report, paths)))
+    if not report.finished:
+        print(f"{report.sweep.name}: no run has finished; the report shows how far they got", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m analysis", description="Compares the runs of a sweep.")
+    parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep: a folder of sweeps/")
+    parser.add_argument(
+        "--baseline",
+        action="append",
+        default=[],
+        metavar="AXIS=VALUE",
+        help="what the others are compared with, such as batch=constant_16; may be given for several axes "
+        "(default: the first constant batch, else the first schedule)",
+    )
+    parser.add_argument("--json", action="store_true", help="print report.json and the paths instead of text")
+    return parser
+
+
+def _screen(report: Report, paths: Sequence[Path]) -> list[str]:
+    lines = [report.headline, ""]
+    lines += [f"  {comparison.sentence}" for comparison in report.comparisons]
+    lines += [f"  Note: {caution}" for caution in report.cautions]
+    lines += ["", *(f"  {_relative(path)}" for path in paths), ""]
+    if report.unfinished:
+        done = f"{len(report.finished)} of {len(report.sweep.runs)} runs finished"
+        return [*lines, f"{done}. Next, the missing ones:", f"  {report.resume}"]
+    return [*lines, "Next, read it:", f"  python -m webbrowser {_relative(paths[0])}"]
+
+
+def _relative(path: Path) -> str:
+    """Short where that still finds the file."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Reads a sweep: its points with their state, and the records of all runs as one table.
+
+Nothing is dropped here: a point that was refused, never started, failed or cannot be read stays in the list
+with what is known about it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import polars as pl
+
+from pipeline.config import Config, ConfigError, nearest
+from pipeline.identity import identity_fields
+from pipeline.store import Row, RunDirectory, State, Status, home
+
+UNKNOWN = "?"
+SEED = "seed"  # runs that differ in this axis alone are the same schedule
+
+# Columns of the record that the analysis reads; a column that a row lacks is null.
+COLUMNS = (
+    "step",
+    "tokens",
+    "time",
+    "sequences",
+    "train/loss",
+    "val/loss",
+    "batch/size",
+    "batch/requested",
+    "stat/noise_scale",
+)
+RECORD = {"point": pl.Int64, **{column: pl.Float64 for column in COLUMNS}}
+
+# INVALID: the point was refused. MISSING: nothing was started. UNREADABLE: the files are damaged or foreign.
+PointState = State | Literal["INVALID", "MISSING", "UNREADABLE"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One point of the sweep. `point` is its number in the record table; `id` is None when it was refused."""
+
+    point: int
+    id: str | None
+    axes: dict[str, str]
+    state: PointState
+    problem: str | None
+    config: Config | None
+    status: Status | None
+
+    @property
+    def seed(self) -> str:
+        return str(self.config.seed) if self.config else self.axes.get(SEED, UNKNOWN)
+
+    @property
+    def setting(self) -> dict[str, str]:
+        """The axes that make the schedule: all but the seed and those that the run does not read."""
+        return {axis: value for axis, value in self.axes.items() if axis != SEED and self._reads(axis)}
+
+    def _reads(self, axis: str) -> bool:
+        """Whether a swept setting can change the run: a constant batch, say, does not read batch.eta."""
+        if self.config is None or "." not in axis:
+            return True
+        group, _, key = axis.partition(".")
+        return key.split(".")[0] in identity_fields(self.config).get(group, {})
+
+
+@dataclass(frozen=True)
+class Sweep:
+    name: str
+    command: list[str]
+    created: float | None
+    axes: list[str]
+    common: dict[str, str]
+    runs: list[Run]
+    record: pl.DataFrame  # schema RECORD, in the order of training
+
+
+def load_sweep(name: str) -> Sweep:
+    """The sweep of this name in home(). Raises ConfigError with the nearest name when there is none."""
+    manifest = _read_manifest(name)
+    runs, tables = [], []
+    for number, point in enumerate(_distinct(manifest["points"])):
+        run, rows = _load_point(number, point)
+        runs.append(run)
+        tables.append(record_table(number, rows))
+    return Sweep(
+        name=str(manifest["name"]),
+        command=[str(word) for word in manifest["command"]],
+        created=manifest.get("created"),
+        axes=[str(axis) for axis in manifest["axes"]],
+        common={str(key): str(value) for key, value in manifest.get("common", {}).items()},
+        runs=runs,
+        record=pl.concat([pl.DataFrame(schema=RECORD), *tables]),
+    )
+
+
+def record_table(point: int, rows: list[Row]) -> pl.DataFrame:
+    columns = {column: pl.Series([row.get(column) for row in rows], dtype=pl.Float64) for column in COLUMNS}
+    return pl.DataFrame({"point": pl.Series([point] * len(rows), dtype=pl.Int64), **columns})
+
+
+def _read_manifest(name: str) -> dict[str, Any]:
+    folder = home() / "sweeps"
+    sweeps = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
+    if name not in sweeps:
+        hint = nearest(name, sweeps)
+        raise ConfigError(
+            f"{name}: no such sweep in {folder}." + (f" Did you mean {hint}?" if hint else ""),
+            f"Sweeps: {', '.join(sweeps) or 'none yet'}",
+        )
+    path = folder / name / "manifest.json"
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a manifest: {error}") from None
+    if missing := [key for key in ("name", "command", "axes", "points") if key not in manifest]:
+        raise ConfigError(f"{path}: not a manifest: {', '.join(missing)} missing")
+    return manifest
+
+
+def _distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points that are the same run become one point with the axes they agree on.
+
+    `batch=constant,norm_test batch.eta=0.2,0.3` names the constant run twice, since it does not read eta.
+    """
+    kept: list[dict[str, Any]] = []
+    by_run: dict[str, dict[str, Any]] = {}
+    for point in points:
+        earlier = by_run.get(point["run"]) if point["run"] else None
+        if earlier is not None:
+            axes = earlier["axes"].items()
+            earlier["axes"] = {axis: value for axis, value in axes if point["axes"].get(axis) == value}
+            continue
+        kept.append(dict(point))
+        if point["run"]:
+            by_run[point["run"]] = kept[-1]
+    return kept
+
+
+def _load_point(number: int, point: dict[str, Any]) -> tuple[Run, list[Row]]:
+    axes = {str(axis): str(value) for axis, value in point["axes"].items()}
+    if point["run"] is None:
+        return Run(number, None, axes, "INVALID", point.get("problem"), None, None), []
+    directory = RunDirectory(home() / "runs" / point["run"])
+    if not directory.config_file.exists():
+        return Run(number, directory.id, axes, "MISSING", None, None, None), []
+    config, config_problem = _attempt(directory.config, directory.config_file)
+    status, status_problem = _attempt(directory.status, directory.status_file)
+    rows, rows_problem = _attempt(directory.rows, directory.metrics_file)
+    unreadable = config_problem or status_problem or rows_problem
+    if status and status.state == "DONE" and not any("batch/size" in row for row in rows or []):
+        unreadable = (
+            unreadable or f"{directory.metrics_file.name} holds no training step, though the run is done"
+        )
+    state: PointState = "UNREADABLE" if unreadable else status.state if status else "MISSING"
+    problem = unreadable or (status.error if status else None)
+    return Run(number, directory.id, axes, state, problem, config, status), rows or []
+
+
+T = TypeVar("T")
+
+
+def _attempt(read: Callable[[], T], path: Path) -> tuple[T | None, str | None]:
+    """What `read` returns, or why the file cannot be read: one damaged run must not hide the others."""
+    try:
+        return read(), None
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        return None, f"{path.name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"

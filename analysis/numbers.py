@@ -1,0 +1,80 @@
+"""Numbers as text: as many digits as their uncertainty deserves, and no more."""
+
+from __future__ import annotations
+
+import math
+
+MISSING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+LOSS_DECIMALS = 3  # of a loss without an interval: four digits
+
+
+def decimals_for(half_width: float) -> int:
+    """Decimals that show an uncertainty with two digits."""
+    if not math.isfinite(half_width) or half_width <= 0:
+        return LOSS_DECIMALS + 1
+    exponent = math.floor(math.log10(float(f"{half_width:.1e}")))  # 0.0996 rounds to 0.10
+    return min(max(1 - exponent, 0), 6)
+
+
+def fixed(value: float | None, decimals: int = LOSS_DECIMALS) -> str:
+    if value is None:
+        return MISSING
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    text = f"{value:,.{decimals}f}"
+    if text.startswith("-") and not text.strip("-0.,"):
+        text = text[1:]
+    return text.replace("-", MINUS)
+
+
+def with_interval(mean: float | None, half_width: float | None) -> str:
+    """2.175 ± 0.020; without an interval the mean alone."""
+    if mean is None or half_width is None or not math.isfinite(mean):
+        return fixed(mean)
+    decimals = decimals_for(half_width)
+    return f"{fixed(mean, decimals)} ± {fixed(half_width, decimals)}"
+
+
+def signed(value: float | None, decimals: int = LOSS_DECIMALS) -> str:
+    text = fixed(value, decimals)
+    return f"+{text}" if value is not None and value > 0 and text.strip("0.,") else text
+
+
+def interval(low: float, high: float) -> str:
+    """−0.010 to 0.034"""
+    decimals = decimals_for((high - low) / 2)
+    return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
+
+
+def count(value: float | None) -> str:
+    """A mean of counts: 392, 267.5, 12,000."""
+    if value is None:
+        return MISSING
+    return f"{value:,.0f}" if value >= 1000 or float(value).is_integer() else f"{value:,.1f}"
+
+
+def compact(value: float | None, digits: int = 4) -> str:
+    """A few digits and a unit: 800k, 1.5M, 799.7k, 2B."""
+    if value is None:
+        return MISSING
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{float(f'{value / size:.{digits}g}'):g}{unit}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    if seconds < 99.95:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
+
+
+def change(value: float, reference: float) -> str:
+    """The relative change: −32%."""
+    percent = 100 * (value / reference - 1)
+    return f"{signed(percent, 0)}%"

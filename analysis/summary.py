@@ -1,0 +1,219 @@
+"""The numbers of each run, and of each schedule over its seeds."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from analysis.load import Run, Sweep
+from analysis.statistics import Estimate, estimate
+from pipeline.config import Config
+from pipeline.identity import identity_fields
+
+TRAIN_WINDOW = 0.05  # the final training loss is the mean over this last share of the tokens
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """What one run measured, up to where it got; None is what its record does not hold."""
+
+    steps: float | None
+    tokens: float | None
+    mean_batch: float | None  # sequences per step
+    final_batch: float | None
+    train_loss: float | None  # mean over the last 5 % of the run's tokens
+    val_loss: float | None  # after the last step
+    seconds: float | None  # of training, without evaluation
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The runs that differ in nothing but their seed. Means are over the runs that finished."""
+
+    label: str
+    axes: dict[str, str]
+    settings: dict[str, str]  # of the batch group, where schedules differ
+    rest: str | None  # every other setting that decides a result, to tell like from unlike
+    runs: list[Run]
+    numbers: dict[int, RunNumbers]  # by point, finished runs only
+    val_loss: Estimate | None
+    train_loss: Estimate | None
+    diverged: int  # finished runs whose final validation loss is no finite number
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.runs if run.point in self.numbers]
+
+    @property
+    def budgets(self) -> set[int]:
+        return {run.config.budget_tokens for run in self.runs if run.config}
+
+    def mean(self, number: str) -> float | None:
+        found = estimate([v for n in self.numbers.values() if (v := getattr(n, number)) is not None])
+        return found.mean if found else None
+
+    def by_seed(self, number: str) -> dict[str, float]:
+        values = {run.seed: getattr(self.numbers[run.point], number) for run in self.finished}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+
+def run_numbers(record: pl.DataFrame) -> dict[int, RunNumbers]:
+    """The numbers of every point that has a record."""
+    return {int(key[0]): _numbers(rows) for key, rows in record.group_by("point", maintain_order=True)}
+
+
+def _numbers(rows: pl.DataFrame) -> RunNumbers:
+    training = rows.filter(pl.col("batch/size").is_not_null())
+    if training.is_empty():
+        return RunNumbers(None, None, None, None, None, None, None, None)
+    steps, tokens, seconds, sequences = (
+        float(training[column][-1]) for column in ("step", "tokens", "time", "sequences")
+    )
+    evaluations = rows.filter(pl.col("val/loss").is_not_null() & (pl.col("step") == steps))
+    return RunNumbers(
+        steps=steps,
+        tokens=tokens,
+        mean_batch=sequences / steps,
+        final_batch=_final_batch(training),
+        train_loss=_final_train_loss(training),
+        val_loss=None if evaluations.is_empty() else float(evaluations["val/loss"][-1]),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds > 0 else None,
+    )
+
+
+def is_cut(training: pl.DataFrame) -> bool:
+    """Whether the last step was shortened to end on the budget, so that its size is not the schedule's."""
+    requested = training["batch/requested"][-1]
+    return requested is not None and training["batch/size"][-1] < requested and len(training) > 1
+
+
+def _final_batch(training: pl.DataFrame) -> float:
+    return float(training["batch/size"][-2 if is_cut(training) else -1])
+
+
+def _final_train_loss(training: pl.DataFrame) -> float | None:
+    """Mean loss per token over the window: each step counts by its tokens inside it."""
+    end = float(training["tokens"][-1])
+    start = end * (1 - TRAIN_WINDOW)
+    before = pl.col("tokens").shift(1).fill_null(0.0)
+    inside = training.select(
+        loss="train/loss", weight=pl.col("tokens") - pl.max_horizontal(before, pl.lit(start))
+    ).filter((pl.col("weight") > 0) & pl.col("loss").is_not_null())
+    if inside.is_empty():
+        return None
+    return float(np.average(inside["loss"].to_numpy(), weights=inside["weight"].to_numpy()))
+
+
+def summarise(sweep: Sweep, numbers: Mapping[int, RunNumbers]) -> list[Schedule]:
+    """The schedules in the order of the manifest."""
+    groups = _groups(sweep.runs)
+    labels = _labels([_setting(runs) for runs in groups], sweep, groups)
+    settings = _distinguishing([_batch_settings(runs) for runs in groups])
+    described = zip(labels, settings, groups, strict=True)
+    return [_schedule(label, own, runs, numbers) for label, own, runs in described]
+
+
+def _groups(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that agree on every axis but the seed, and on every setting as well.
+
+    A sweep repeated after conf/ was edited holds runs of the same axes that are not the same schedule. A run
+    without a config goes to the first schedule with its axes.
+    """
+    groups: dict[tuple[frozenset[tuple[str, str]], str], list[Run]] = {}
+    for run in runs:
+        if run.config:
+            key = (frozenset(run.setting.items()), _fingerprint(run.config))
+            groups.setdefault(key, []).append(run)
+    without: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    for run in runs:
+        if not run.config:
+            axes = frozenset(run.setting.items())  # may hold axes that the schedule does not read
+            known = (group for (setting, _), group in groups.items() if setting <= axes)
+            next(known, without.setdefault(axes, [])).append(run)
+    found = [sorted(g, key=lambda run: run.point) for g in [*groups.values(), *without.values()] if g]
+    return sorted(found, key=lambda group: group[0].point)
+
+
+def _setting(runs: Sequence[Run]) -> dict[str, str]:
+    return next((run.setting for run in runs if run.config), runs[0].setting)
+
+
+def _fingerprint(config: Config, *without: str) -> str:
+    """The settings that decide the result, without the seeds and the groups in `without`."""
+    settings = {key: value for key, value in identity_fields(config).items() if key not in ("seed", *without)}
+    settings["data"] = {key: value for key, value in settings["data"].items() if key != "seed"}
+    return json.dumps(settings, sort_keys=True)
+
+
+def _schedule(
+    label: str, settings: dict[str, str], runs: list[Run], numbers: Mapping[int, RunNumbers]
+) -> Schedule:
+    finished = {run.point: numbers[run.point] for run in runs if run.state == "DONE" and run.point in numbers}
+    losses = [n.val_loss for n in finished.values() if n.val_loss is not None]
+    config = next((run.config for run in runs if run.config), None)
+    return Schedule(
+        label=label,
+        axes=_setting(runs),
+        settings=settings,
+        rest=_fingerprint(config, "batch") if config else None,
+        runs=runs,
+        numbers=finished,
+        val_loss=estimate(losses),
+        train_loss=estimate([n.train_loss for n in finished.values() if n.train_loss is not None]),
+        diverged=sum(not math.isfinite(loss) for loss in losses),
+    )
+
+
+def _labels(settings: Sequence[dict[str, str]], sweep: Sweep, groups: Sequence[list[Run]]) -> list[str]:
+    """One distinct label for each schedule: short, else with the names of the axes, else numbered."""
+    short = [_label(setting, sweep, runs) for setting, runs in zip(settings, groups, strict=True)]
+    if len(set(short)) < len(short):
+        full = [" · ".join(f"{axis}={value}" for axis, value in setting.items()) for setting in settings]
+        both = zip(short, full, strict=True)
+        short = [
+            long if short.count(brief) > 1 and full.count(long) == 1 and long else brief
+            for brief, long in both
+        ]
+    return [
+        f"{label} ({short[: i + 1].count(label)})" if short.count(label) > 1 else label
+        for i, label in enumerate(short)
+    ]
+
+
+def _label(setting: dict[str, str], sweep: Sweep, runs: list[Run]) -> str:
+    """norm_test, norm_test · 10m, norm_test · eta=0.2: a bare value where it speaks for itself."""
+    if not setting:
+        config = next((run.config for run in runs if run.config), None)
+        return sweep.common.get("batch") or (config.batch.schedule if config else sweep.name)
+    return " · ".join(
+        value if "." not in axis else f"{axis.rsplit('.', 1)[-1]}={value}" for axis, value in setting.items()
+    )
+
+
+def _batch_settings(runs: list[Run]) -> dict[str, str]:
+    """What the schedule reads from the batch group of its config."""
+    config = next((run.config for run in runs if run.config), None)
+    if config is None:
+        return {}
+    batch = identity_fields(config)["batch"]
+    return {key: _show(value) for key, value in batch.items() if value is not None}
+
+
+def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Each without what all share."""
+    known = [own for own in settings if own]
+    counts = Counter(item for own in known for item in own.items())
+    shared = {item for item, n in counts.items() if n == len(known) > 1}
+    return [{key: value for key, value in own.items() if (key, value) not in shared} for own in settings]
+
+
+def _show(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,289 @@
+"""Which schedule is better: one plain sentence per comparison, with the numbers it rests on.
+
+A schedule is better or worse than the baseline when the 95 % interval of the paired difference of their
+final validation losses excludes zero. The sentence always gives steps and time beside the loss, since a
+comparison at equal tokens alone hides what large batches buy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from analysis import numbers as text
+from analysis.load import SEED
+from analysis.statistics import Estimate, paired_difference, t_factor
+from analysis.summary import Schedule
+from pipeline.config import ConfigError, nearest
+
+SAME_BUDGET = 0.01  # budgets that differ by at most this share count as equal tokens
+
+Kind = Literal[
+    "better",
+    "worse",
+    "not distinguishable",
+    "one seed",
+    "no shared seed",
+    "diverged",
+    "different budget",
+    "not finished",
+    "no baseline",
+]
+DECIDED: tuple[Kind, ...] = ("better", "worse", "not distinguishable")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`schedule` against `baseline` (labels); `difference` is schedule − baseline, paired by seed."""
+
+    schedule: str
+    baseline: str | None
+    kind: Kind
+    difference: Estimate | None
+    seeds: list[str]  # the shared ones
+    steps: tuple[float, float] | None  # means over the shared seeds: schedule, baseline
+    seconds: tuple[float, float] | None
+    statement: str  # how the losses compare
+    cost: str  # what it took; empty when unknown
+
+    @property
+    def sentence(self) -> str:
+        verdict = f": {self.kind}" if self.kind in DECIDED else ""
+        return f"{self.statement}{verdict}{'; ' if self.cost else ''}{self.cost}."
+
+
+# --- the baseline ----------------------------------------------------------------------------------------
+
+
+def parse_baseline(requests: Sequence[str], schedules: Sequence[Schedule]) -> dict[str, str]:
+    """The axis values that make a schedule the baseline. Raises ConfigError listing the choices."""
+    choices = list(dict.fromkeys(f"{a}={v}" for schedule in schedules for a, v in schedule.axes.items()))
+    for request in requests:
+        if request not in choices:
+            hint = nearest(request, choices)
+            raise ConfigError(
+                f"--baseline {request}: no schedule of this sweep has that."
+                + (f" Did you mean {hint}?" if hint else ""),
+                f"Choices: {', '.join(choices) or f'none, since only {SEED} varies'}",
+            )
+    return dict(request.split("=", 1) for request in requests) or default_baseline(schedules)
+
+
+def default_baseline(schedules: Sequence[Schedule]) -> dict[str, str]:
+    """The first constant batch, else the first schedule; {} when there is nothing to compare."""
+    constant = (s.axes["batch"] for s in schedules if s.axes.get("batch", "").startswith("constant"))
+    if batch := next(constant, None):
+        return {"batch": batch}
+    return dict(schedules[0].axes) if schedules else {}
+
+
+def is_baseline(schedule: Schedule, baseline: dict[str, str]) -> bool:
+    return baseline.items() <= schedule.axes.items()
+
+
+def counterpart(
+    schedule: Schedule, baseline: dict[str, str], schedules: Sequence[Schedule]
+) -> Schedule | None:
+    """The baseline schedule that agrees with `schedule` on every other axis, so that like meets like.
+
+    An axis that one of the two does not read is no disagreement.
+    """
+    wanted = schedule.axes | baseline
+    candidates = [
+        candidate
+        for candidate in schedules
+        if is_baseline(candidate, baseline)
+        and all(wanted.get(axis, value) == value for axis, value in candidate.axes.items())
+    ]
+    return min(candidates, key=lambda candidate: candidate.rest != schedule.rest, default=None)
+
+
+# --- comparisons -----------------------------------------------------------------------------------------
+
+
+def compare_all(schedules: Sequence[Schedule], baseline: dict[str, str]) -> list[Comparison]:
+    """Every schedule that is not a baseline against its own."""
+    return [
+        compare(schedule, counterpart(schedule, baseline, schedules))
+        for schedule in schedules
+        if not is_baseline(schedule, baseline)
+    ]
+
+
+def compare(schedule: Schedule, baseline: Schedule | None) -> Comparison:
+    if baseline is None:
+        why = f"{schedule.label} has no baseline with the same other settings in this sweep: not compared"
+        return Comparison(schedule.label, None, "no baseline", None, [], None, None, why, "")
+    own, reference = schedule.by_seed("val_loss"), baseline.by_seed("val_loss")
+    difference = paired_difference(own, reference)
+    seeds = [seed for seed in own if seed in reference]
+    kind = _kind(schedule, baseline, difference)
+    steps = _means("steps", schedule, baseline, seeds)
+    seconds = _means("seconds", schedule, baseline, seeds)
+    statement = _statement(schedule, baseline, kind, difference)
+    cost = "" if kind in ("not finished", "different budget", "diverged") else _cost(steps, seconds)
+    return Comparison(
+        schedule.label, baseline.label, kind, difference, seeds, steps, seconds, statement, cost
+    )
+
+
+def _kind(schedule: Schedule, baseline: Schedule, difference: Estimate | None) -> Kind:
+    if schedule.val_loss is None or baseline.val_loss is None:
+        return "not finished"
+    if not _equal_budgets(schedule.budgets | baseline.budgets):
+        return "different budget"
+    if schedule.diverged or baseline.diverged:
+        return "diverged"
+    if difference is None:
+        return "no shared seed"
+    if difference.low is None or difference.high is None:
+        return "one seed"
+    if difference.low <= 0 <= difference.high:
+        return "not distinguishable"
+    return "better" if difference.mean < 0 else "worse"
+
+
+def _equal_budgets(budgets: set[int]) -> bool:
+    return not budgets or max(budgets) - min(budgets) <= SAME_BUDGET * max(budgets)
+
+
+def _means(
+    number: str, schedule: Schedule, baseline: Schedule, seeds: list[str]
+) -> tuple[float, float] | None:
+    own, reference = schedule.by_seed(number), baseline.by_seed(number)
+    common = [seed for seed in seeds if seed in own and seed in reference]
+    if not common:
+        return None
+    return tuple(math.fsum(values[s] for s in common) / len(common) for values in (own, reference))  # type: ignore[return-value]
+
+
+# --- sentences -------------------------------------------------------------------------------------------
+
+
+def _statement(schedule: Schedule, baseline: Schedule, kind: Kind, difference: Estimate | None) -> str:
+    name, other = schedule.label, baseline.label
+    if kind == "not finished":
+        which = " or ".join(s.label for s in (schedule, baseline) if s.val_loss is None)
+        return f"{name} against {other}: no finished run of {which} yet"
+    if kind == "different budget":
+        return (
+            f"{name} trained on {_budgets(schedule)}, {other} on {_budgets(baseline)} tokens: their final "
+            f"losses ({_loss(schedule)} and {_loss(baseline)}) are no comparison at equal tokens"
+        )
+    if kind == "diverged":
+        which = " and ".join(s.label for s in (schedule, baseline) if s.diverged)
+        return f"{name} against {other}: runs of {which} diverged, so there is no mean to compare"
+    ends = f"{name} ends at validation loss {_loss(schedule)}"
+    if difference is None:
+        return f"{ends}, {other} at {_loss(baseline)}, but no seed finished in both: not compared"
+    if difference.half_width is None or difference.low is None or difference.high is None:
+        gap = _gap(difference.mean, text.LOSS_DECIMALS, other)
+        return f"{ends}, {gap} (1 seed, so no interval and no verdict)"
+    gap = _gap(difference.mean, text.decimals_for(difference.half_width), other)
+    limits = text.interval(difference.low, difference.high)
+    return f"{ends}, {gap} (95% interval {limits}, {difference.n} seeds)"
+
+
+def _loss(schedule: Schedule) -> str:
+    estimate = schedule.val_loss
+    return text.MISSING if estimate is None else text.with_interval(estimate.mean, estimate.half_width)
+
+
+def _budgets(schedule: Schedule) -> str:
+    return " or ".join(text.compact(tokens) for tokens in sorted(schedule.budgets))
+
+
+def _gap(difference: float, decimals: int, other: str) -> str:
+    size = text.fixed(abs(difference), decimals)
+    if not float(size.replace(",", "")):
+        return f"level with {other}"
+    return f"{size} {'higher' if difference > 0 else 'lower'} than {other}"
+
+
+def _cost(steps: tuple[float, float] | None, seconds: tuple[float, float] | None) -> str:
+    if steps is None:
+        return ""
+    if steps[0] == steps[1]:
+        words = f"it took the same {text.count(steps[0])} optimizer steps"
+    else:
+        words = (
+            f"it took {text.count(steps[0])} optimizer steps instead of {text.count(steps[1])} "
+            f"({text.change(*steps)})"
+        )
+    if seconds is None or not seconds[1]:
+        return words
+    return (
+        f"{words} and {text.duration(seconds[0])} of training instead of {text.duration(seconds[1])} "
+        f"({text.change(*seconds)})"
+    )
+
+
+def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -> str:
+    """The schedule with the lowest mean and what cannot be told from it, or why none can be named."""
+    ranked = [s for s in schedules if s.val_loss and math.isfinite(s.val_loss.mean)]
+    if not ranked:
+        return "No run has finished, so there is nothing to compare yet."
+    budgets = set().union(*(s.budgets for s in ranked))
+    if not _equal_budgets(budgets):
+        spread = f"{text.compact(min(budgets))} to {text.compact(max(budgets))}"
+        return f"Runs trained on {spread} tokens; only schedules with the same budget are compared."
+    best = min(ranked, key=lambda s: s.val_loss.mean if s.val_loss else math.inf)
+    tokens, seeds = text.compact(max(budgets)), best.val_loss.n if best.val_loss else 0
+    if len(ranked) == 1:
+        return f"{best.label} ends at validation loss {_loss(best)} after {tokens} tokens."
+    runs = "1 seed" if seeds == 1 else f"{seeds} seeds"
+    lead = f"{best.label} has the lowest mean validation loss after {tokens} tokens: {_loss(best)} ({runs})"
+    level = [c for c in comparisons if c.kind == "not distinguishable"]
+    if other := next((c.baseline for c in level if c.schedule == best.label), None):
+        return f"{lead}, not distinguishable from {other}."
+    if others := [c.schedule for c in level if c.baseline == best.label]:
+        names = " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
+        return f"{lead}; {names} {'is' if len(others) == 1 else 'are'} not distinguishable from it."
+    return f"{lead}."
+
+
+def cautions(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -> list[str]:
+    """What a reader must know before trusting the verdicts."""
+    notes = []
+    sizes = [c.difference.n for c in comparisons if c.difference]
+    if 1 in sizes:
+        notes.append("With one seed there is no interval: with another seed the order may be another.")
+    if 2 in sizes:
+        notes.append(
+            f"With two seeds an interval reaches {t_factor(1):.1f} standard errors to each side, with three "
+            f"{t_factor(2):.1f}: another seed is the cheapest way to a sharper verdict."
+        )
+    decided = sum(c.kind in DECIDED for c in comparisons)
+    if decided > 1:
+        notes.append(
+            f"Each of the {decided} comparisons has its own 95% interval, "
+            f"not widened for being one of several."
+        )
+    notes += [
+        f"{s.diverged} of {len(s.finished)} finished runs of {s.label} ended without a finite validation "
+        f"loss, so that it has no mean."
+        for s in schedules
+        if s.diverged
+    ]
+    axes = [schedule.axes for schedule in schedules]
+    if any(axes.count(own) > 1 for own in axes):
+        notes.append(
+            "Numbered schedules, (1) and (2), have the same axes but ran under different settings; each is "
+            "compared with the baseline of its own settings."
+        )
+    unfinished = sum(len(s.runs) - len(s.finished) for s in schedules)
+    if unfinished and any(s.finished for s in schedules):
+        many = f"{unfinished} runs are not finished and count in no mean."
+        notes.append("1 run is not finished and counts in no mean." if unfinished == 1 else many)
+    hosts = {run.status.host for s in schedules for run in s.finished if run.status and run.status.host}
+    if len(hosts) > 1:
+        notes.append(f"The runs were on {len(hosts)} hosts: their times and tokens/s compare hosts as well.")
+    unevaluated = sum(n.val_loss is None for s in schedules for n in s.numbers.values())
+    if unevaluated:
+        notes.append(
+            f"Without an evaluation after the last step: {unevaluated} finished run(s); they have no final "
+            f"validation loss."
+        )
+    return notes
