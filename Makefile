@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench browser clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -19,8 +19,13 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m pipeline -m experiment=demo batch=constant_16,constant_64,stages,norm_test seed=0,1
 	$(BIN)/python -m analysis demo --baseline batch=constant_16
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+browser:     # for the tests that open the report
+	@command -v chromium >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "No Chromium: the tests that open the report are skipped. Remedy: apt install chromium"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
