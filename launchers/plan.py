@@ -13,9 +13,8 @@ from typing import Literal
 
 from omegaconf import DictConfig
 
-from pipeline.config import Config, ConfigError
-from pipeline.freeze import complete, typed
-from pipeline.identity import run_id
+from pipeline.config import Config, ConfigError, typed
+from pipeline.identity import complete, run_id
 from pipeline.store import RunDirectory, home
 
 Compose = Callable[[Sequence[str]], DictConfig]

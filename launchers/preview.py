@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-import pipeline.batch as batch_schedules
 from launchers.plan import Compose, Plan, Point, again, make_plan, state
 from launchers.table import (
     DASH,
@@ -27,7 +26,6 @@ from launchers.table import (
     table,
     tally,
 )
-from pipeline.batch._interface import plan as batch_plan
 from pipeline.config import Config, ConfigError
 from pipeline.store import RunDirectory, home
 
@@ -105,14 +103,11 @@ def show_invalid(console: Console, plan: Plan) -> None:
 
 def describe(config: Config) -> Work:
     """Batch sizes and optimizer steps: exact where no measurement decides, else the range it can take."""
-    schedule = batch_schedules.schedule_class(config.batch.schedule)(config)
-    if schedule.measures:
-        multiple = config.batch_multiple
-        first = schedule.start()[1].size
-        largest = max(first, (config.batch.max_size or first) // multiple * multiple)
-        steps = [-(-config.budget_sequences // size) for size in (largest, first)]
-        return Work(f"{first}…{largest} {config.batch.schedule}", f"{steps[0]}…{steps[1]}")
-    sizes = [size for _, size in batch_plan(config)]
+    plan = config.batch_plan()
+    if plan.sizes is None:
+        steps = [-(-config.budget_sequences // size) for size in (plan.largest, plan.first)]
+        return Work(f"{plan.first}…{plan.largest} {config.batch.schedule}", f"{steps[0]}…{steps[1]}")
+    sizes = plan.sizes
     whole = sizes[:-1] or sizes  # the last step, cut to the budget, is no size of its own
     stages = [str(size) for size, _ in itertools.groupby(whole)]
     if len(stages) > _LISTED_SIZES:

@@ -8,8 +8,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from pipeline.config import Config
-from pipeline.freeze import compose_point
+from pipeline.config import Config, typed
+from pipeline.identity import complete
 from pipeline.overrides import CONF, explain
 from pipeline.store import RunDirectory
 
@@ -20,7 +20,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     sys.argv = ["python -m pipeline", *_normalised(arguments)]
     try:
-        return max((_run(compose_point(tree)) for tree in _composed()), default=0)
+        return max((_run(complete(typed(tree))) for tree in _composed()), default=0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

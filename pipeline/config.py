@@ -14,10 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from omegaconf import DictConfig, OmegaConf
+
 import pipeline.batch as batch_schedules
 import pipeline.parallel as strategies
+from pipeline.batch import BatchPlan
 
+Positive = "above 0"  # marks fields that must be
 Tokens = Annotated[int, "tokens"]  # accepts 300k, 2M, 1.5B
+PositiveTokens = Annotated[int, "tokens", Positive]
+PositiveInt = Annotated[int, Positive]
+PositiveFloat = Annotated[float, Positive]
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end-of-document token
 
@@ -32,21 +39,21 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    tokens: Tokens
+    tokens: PositiveTokens
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     name: str
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
+    layers: PositiveInt
+    width: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    ffn: PositiveInt
+    vocab: PositiveInt
     tied: bool
-    rope_theta: float
-    norm_eps: float
+    rope_theta: PositiveFloat
+    norm_eps: PositiveFloat
 
     @property
     def head_width(self) -> int:
@@ -66,20 +73,20 @@ class DataConfig:
     files: list[str]
     field: str
     tokenizer: str
-    sequence_length: int
-    micro_batch: int
+    sequence_length: PositiveInt
+    micro_batch: PositiveInt
     validation_fraction: float
     seed: int
-    workers: int | None
+    workers: PositiveInt | None
     fingerprint: str | None
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     strategy: str
-    replicate: int
-    shard: int
-    tensor: int
+    replicate: PositiveInt
+    shard: PositiveInt
+    tensor: PositiveInt
     precision: Literal["float32", "bfloat16"]
     compile: bool
     activation_checkpointing: bool
@@ -97,15 +104,15 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class BatchConfig:
     schedule: str
-    size: int
-    max_size: int | None
-    round_to: int | None
+    size: PositiveInt
+    max_size: PositiveInt | None
+    round_to: PositiveInt | None
     sizes: list[int] | None
     fractions: list[float] | None
-    eta: float
+    eta: PositiveFloat
     estimator: Literal["microbatch", "worker", "paper"]
     signal: Literal["plain", "debiased"]
-    interval: int
+    interval: PositiveInt
     ema: float
     growth_cap: float
     hold_tokens: Tokens
@@ -120,11 +127,11 @@ class SyncConfig:
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["adamw"]
-    lr: float
+    lr: PositiveFloat
     weight_decay: float
     betas: list[float]
-    eps: float
-    clip: float | None
+    eps: PositiveFloat
+    clip: PositiveFloat | None
 
 
 @dataclass(frozen=True)
@@ -139,13 +146,13 @@ class LearningRateConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    interval_tokens: Tokens | None
-    sequences: int
+    interval_tokens: PositiveTokens | None
+    sequences: PositiveInt
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    interval_tokens: Tokens | None
+    interval_tokens: PositiveTokens | None
 
 
 @dataclass(frozen=True)
@@ -155,14 +162,14 @@ class TrackConfig:
     entity: str | None
     group: str | None
     tags: list[str]
-    every: int
+    every: PositiveInt
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"]
-    cpus_per_task: int | None
-    max_parallel: int
+    cpus_per_task: PositiveInt | None
+    max_parallel: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -203,10 +210,27 @@ class Config:
         """Applied batch sizes are multiples of this many sequences."""
         return self.batch.round_to or self.parallel.data_ranks * self.data.micro_batch
 
+    def batch_plan(self) -> BatchPlan:
+        """The batch of every step, or their range where measurements decide."""
+        return batch_schedules.plan(self)
+
 
 # --- tree -> dataclasses ---------------------------------------------------------------------------------
 
 T = TypeVar("T")
+
+
+def typed(tree: DictConfig) -> Config:
+    """The typed config of what Hydra composed. Raises ConfigError for unknown keys, missing and mistyped
+    values: mistakes in the request, whatever the other settings are."""
+    settings = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+    if missing := sorted(OmegaConf.missing_keys(settings)):
+        raise ConfigError(
+            *(f"{k}: needs a value. An option of its group sets it: {k.partition('.')[0]}=…" for k in missing)
+        )
+    plain = OmegaConf.to_container(settings, resolve=True)
+    assert isinstance(plain, dict)
+    return parse(plain)  # type: ignore[arg-type]
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
@@ -276,7 +300,10 @@ def _value(hint: Any, value: Any) -> Any:
     """`value` as the type `hint`, or ValueError saying what is allowed."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return parse_tokens(value)
+        number = parse_tokens(value) if "tokens" in arguments else _value(arguments[0], value)
+        if Positive in arguments and number <= 0:
+            raise ValueError("must be above 0")
+        return number
     if origin in (Union, types.UnionType):
         return None if value is None else _value(arguments[0], value)
     if origin is Literal:
@@ -325,7 +352,6 @@ def _show(value: object) -> str:
 def check(config: Config) -> None:
     """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
     problems = [
-        *_check_positive(config),
         *_check_model(config.model, config.parallel, config.data),
         *_check_parallel(config.parallel),
         *_check_data(config),
@@ -336,51 +362,6 @@ def check(config: Config) -> None:
         raise ConfigError(*problems)
 
 
-_POSITIVE = [
-    "budget.tokens",
-    "model.layers",
-    "model.width",
-    "model.heads",
-    "model.kv_heads",
-    "model.ffn",
-    "model.vocab",
-    "data.sequence_length",
-    "data.micro_batch",
-    "data.workers",
-    "parallel.replicate",
-    "parallel.shard",
-    "parallel.tensor",
-    "batch.size",
-    "batch.max_size",
-    "batch.round_to",
-    "batch.interval",
-    "eval.interval_tokens",
-    "eval.sequences",
-    "checkpoint.interval_tokens",
-    "track.every",
-    "launch.cpus_per_task",
-    "launch.max_parallel",
-    "optim.lr",
-    "optim.eps",
-    "optim.clip",
-    "batch.eta",
-    "model.norm_eps",
-    "model.rope_theta",
-]
-
-
-def get(config: object, key: str) -> Any:
-    """The value at a dotted key."""
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def _check_positive(config: Config) -> list[str]:
-    values = {key: get(config, key) for key in _POSITIVE}
-    return [f"{k}={v}: must be above 0" for k, v in values.items() if v is not None and v <= 0]
-
-
 def nearest_multiples(value: int, divisor: int) -> str:
     """The multiples of `divisor` on both sides of `value`, for an error message."""
     below, above = value // divisor * divisor, -(-value // divisor) * divisor
@@ -388,7 +369,7 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 
 def _divides(divisor_key: str, divisor: int, key: str, value: int) -> list[str]:
-    if divisor <= 0 or value % divisor == 0:
+    if value % divisor == 0:
         return []
     return [
         f"{key}={value}: not divisible by {divisor_key}={divisor}. "
@@ -401,7 +382,7 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig)
         *_divides("model.heads", model.heads, "model.width", model.width),
         *_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads),
     ]
-    if model.heads > 0 and model.width % model.heads == 0 and model.head_width % 2:
+    if model.width % model.heads == 0 and model.head_width % 2:
         problems.append(
             f"model.width={model.width} / model.heads={model.heads} = {model.head_width}: rotary embeddings "
             f"need an even head width. Nearest model.width: {nearest_multiples(model.width, 2 * model.heads)}"
@@ -450,8 +431,6 @@ def _check_data(config: Config) -> list[str]:
 def _check_batch(config: Config) -> list[str]:
     batch, ranks, micro = config.batch, config.parallel.data_ranks, config.data.micro_batch
     unit = ranks * micro
-    if min(ranks, micro, batch.size, config.data.sequence_length) <= 0:
-        return []  # already reported
     problems = []
     if batch.size < unit:
         problems.append(

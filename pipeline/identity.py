@@ -1,13 +1,15 @@
-"""The id of a run: a hash of everything that can change its result."""
+"""What makes a run this run: its complete config, and its id, a hash of all that can change its result."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import os
 from typing import Any
 
 import pipeline.batch as batch_schedules
-from pipeline.config import Config, to_tree
+from pipeline.config import Config, check, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
 
@@ -39,3 +41,24 @@ def run_id(config: Config) -> str:
     fields = {"schema": SCHEMA_VERSION, **identity_fields(config)}
     canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
+
+
+def complete(config: Config) -> Config:
+    """The config that is frozen: checked, with the tokens it will read named and its paths absolute.
+
+    Raises ConfigError when its values cannot work together.
+    """
+    check(config)
+    from pipeline.data import fingerprint
+
+    data = config.data
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            # A job may start in another directory.
+            files=[os.path.abspath(os.path.expanduser(path)) for path in data.files],
+            tokenizer=data.tokenizer if data.tokenizer == "bytes" else os.path.abspath(data.tokenizer),
+            fingerprint=data.fingerprint or fingerprint(data),
+        ),
+    )

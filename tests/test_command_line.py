@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 import pipeline.__main__
 import pipeline.worker
-from pipeline.config import Config, check
-from pipeline.freeze import typed
+from pipeline.config import Config, check, typed
 from pipeline.store import RunDirectory
 from tests.launchers.support import tree_of
 from tests.support import ROOT, compose_tree, config
@@ -123,7 +122,7 @@ def test_a_bug_keeps_its_traceback(bug: Exception, monkeypatch: pytest.MonkeyPat
     def broken(tree: object) -> Config:
         raise bug
 
-    monkeypatch.setattr(pipeline.__main__, "compose_point", broken)
+    monkeypatch.setattr(pipeline.__main__, "complete", broken)
     with pytest.raises(type(bug), match="a bug"):
         call(monkeypatch, "seed=0")
 

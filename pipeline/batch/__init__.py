@@ -9,7 +9,9 @@ from __future__ import annotations
 import sys
 
 from pipeline import registry
-from pipeline.batch._interface import BatchSchedule
+from pipeline.batch._interface import BatchPlan, BatchSchedule, plan
+
+__all__ = ["BatchPlan", "BatchSchedule", "names", "plan", "schedule_class"]
 
 
 def names() -> list[str]:

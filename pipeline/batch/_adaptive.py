@@ -32,7 +32,7 @@ class Adaptive:
         self.multiple = config.batch_multiple
         self.first = round_up(self.batch.size, self.multiple)
         # The cap must itself be a multiple: the largest one that does not exceed max_size.
-        self.cap = max(self.first, (self.batch.max_size or self.first) // self.multiple * self.multiple)
+        self.largest = max(self.first, (self.batch.max_size or self.first) // self.multiple * self.multiple)
 
     @staticmethod
     def check(config: Config) -> list[str]:
@@ -69,7 +69,7 @@ class Adaptive:
 
     def wants_statistics(self, state: State, step: int) -> bool:
         # Nothing is left to decide once a batch that never shrinks has reached its cap.
-        if self.batch.monotone and state.requested >= self.cap:
+        if self.batch.monotone and state.requested >= self.largest:
             return False
         return step % self.batch.interval == 0
 
@@ -105,11 +105,11 @@ class Adaptive:
             return max(demanded, current / self.batch.growth_cap, self.batch.size), "shrank"
         if held:
             return current, "held"
-        limit = min(current * self.batch.growth_cap, self.cap)
+        limit = min(current * self.batch.growth_cap, self.largest)
         return (limit, "capped") if demanded > limit else (demanded, "grew")
 
     def _decision(self, requested: float, reason: str, log: dict[str, float]) -> Decision:
-        return Decision(min(round_up(requested, self.multiple), self.cap), requested, reason, log)
+        return Decision(min(round_up(requested, self.multiple), self.largest), requested, reason, log)
 
 
 def _ratio(numerator: float, denominator: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -51,6 +50,7 @@ class BatchSchedule(Protocol):
 
     settings: ClassVar[frozenset[str]]  # the batch.* settings that can change its decisions
     measures: ClassVar[bool]  # whether it ever wants statistics; if not, nothing is installed to take them
+    largest: int  # sequences: no decision is above this
 
     def __init__(self, config: Config) -> None: ...
 
@@ -79,18 +79,28 @@ def round_up(size: float, multiple: int) -> int:
     return max(1, -int(-size // multiple)) * multiple
 
 
-def plan(config: Config) -> Iterator[tuple[int, int]]:
-    """(first sequence, batch) of every step of a schedule that needs no measurement.
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batches of a run, as far as its config decides them. In sequences."""
 
-    The last step shrinks so that the run ends on the budget.
-    """
+    sizes: list[int] | None  # of every step, the last cut to the budget; None: measurements decide
+    first: int
+    largest: int
+
+
+def plan(config: Config) -> BatchPlan:
     from pipeline.batch import schedule_class
 
     schedule = schedule_class(config.batch.schedule)(config)
     state, decision = schedule.start()
-    seen, step, length = 0, 0, config.data.sequence_length
+    first = decision.size
+    if schedule.measures:
+        return BatchPlan(None, first, schedule.largest)
+    sizes: list[int] = []
+    seen, length = 0, config.data.sequence_length
     while seen < config.budget_sequences:
         size = min(decision.size, config.budget_sequences - seen)
-        yield seen, size
-        seen, step = seen + size, step + 1
-        state, decision = schedule.decide(state, Progress(step, seen * length, seen, size), None)
+        sizes.append(size)
+        seen += size
+        state, decision = schedule.decide(state, Progress(len(sizes), seen * length, seen, size), None)
+    return BatchPlan(sizes, first, schedule.largest)

@@ -19,7 +19,8 @@ class Schedule:
 
     def __init__(self, config: Config) -> None:
         size = config.batch.size
-        self._decision = Decision(round_up(size, config.batch_multiple), size, "scheduled", {})
+        self.largest = round_up(size, config.batch_multiple)
+        self._decision = Decision(self.largest, size, "scheduled", {})
 
     @staticmethod
     def check(config: Config) -> list[str]:

@@ -26,6 +26,7 @@ class Schedule:
         assert config.batch.sizes and config.batch.fractions
         self._sizes = config.batch.sizes
         self._multiple = config.batch_multiple
+        self.largest = round_up(max(self._sizes), self._multiple)
         total = config.budget_sequences
         self._ends = [round(total * share) for share in accumulate(config.batch.fractions)]
 

@@ -17,7 +17,7 @@ import pytest
 from analysis import curves, figures, look, panels
 from analysis.__main__ import main
 from analysis.load import load_sweep
-from analysis.report import build, render, to_json
+from analysis.report import build, render, render_html, to_json
 from tests.analysis.synthetic import Point, pairs, realistic, realistic_run, short_run, write_sweep
 from tests.support import ROOT
 
@@ -403,14 +403,15 @@ def test_a_figure_that_no_longer_exists_is_removed(home: Path) -> None:
     assert not stale.exists()
 
 
-def test_labels_cannot_break_the_markdown(home: Path) -> None:
-    points = [
-        Point({"batch": "norm_test", "batch.eta": eta, "seed": "0"}, short_run(2.0)) for eta in ("0.2", "0.3")
-    ]
-    write_sweep("s", points)
+def test_labels_can_break_neither_the_table_nor_the_page(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0], "norm_test": [2.1]}))
+    manifest = home / "sweeps/s/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"batch": "norm_test"', '"batch": "a|b</script><i>"'))
     report = build(load_sweep("s"), [], 0.0)
-    report.schedules[0].runs[0].axes["batch"] = "a|b"
-    assert r"a\|b" in render("report.md.j2", report)
+    assert report.labels == ["constant_16", "a|b</script><i>"]
+    assert cells(render("report.md.j2", report), "Schedules")[1]["schedule"] == r"a\|b&lt;/script>&lt;i>"
+    page = render_html(report)
+    assert page.count("</script>") == 3 and "<i>" not in page
 
 
 def test_the_analysis_needs_no_torch() -> None:

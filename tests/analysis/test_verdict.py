@@ -192,8 +192,14 @@ def test_like_meets_like_within_the_batch_group_as_well(home: Path) -> None:
     ]
 
 
-def test_an_axis_that_a_schedule_does_not_read_makes_no_second_schedule(home: Path) -> None:
-    """A constant batch with eta 0.2 and 0.3 is one run, and the baseline of both norm tests."""
+@pytest.mark.parametrize("named_twice", [False, True])
+def test_an_axis_that_a_schedule_does_not_read_makes_no_second_schedule(
+    home: Path, named_twice: bool
+) -> None:
+    """A constant batch with eta 0.2 and 0.3 is one run, and the baseline of both norm tests.
+
+    The manifest may name it with each eta or with the first alone.
+    """
     points = [
         Point({"batch": batch, "batch.eta": eta, "seed": "0"}, short_run(loss))
         for batch, eta, loss in (
@@ -202,7 +208,8 @@ def test_an_axis_that_a_schedule_does_not_read_makes_no_second_schedule(home: Pa
             ("norm_test", "0.3", 2.2),
         )
     ]
-    points.insert(1, Point({"batch": "constant_16", "batch.eta": "0.3", "seed": "0"}, None))
+    if named_twice:
+        points.insert(1, Point({"batch": "constant_16", "batch.eta": "0.3", "seed": "0"}, None))
     found = report(points)
     assert [s.label for s in found.schedules] == ["constant_16", "norm_test · eta=0.2", "norm_test · eta=0.3"]
     assert len(found.sweep.runs) == 3

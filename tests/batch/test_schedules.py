@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.batch import names, schedule_class
-from pipeline.batch._interface import Progress, State, plan, round_up
+from pipeline.batch import names, plan, schedule_class
+from pipeline.batch._interface import Progress, State, round_up
 from pipeline.config import ConfigError
 from pipeline.gradients.statistics import GradientStatistics
 from tests.support import config
@@ -48,28 +48,32 @@ def decide(*overrides: str, g: np.ndarray, unit: int = 4, state: State | None = 
     return schedule.decide(state or start, done, statistics(g, unit))
 
 
-def test_constant_never_changes():
-    assert {size for _, size in plan(config(*SMALL, "batch=constant", "batch.size=40"))} == {40}
+def sizes(*overrides: str) -> list[int]:
+    planned = plan(config(*SMALL, *overrides)).sizes
+    assert planned is not None
+    return planned
 
 
-def test_last_step_ends_on_the_budget():
-    steps = list(plan(config(*SMALL, "batch=constant", "batch.size=48")))
-    assert steps[-1] == (48 * 41, 2000 - 48 * 41)
+def test_constant_never_changes_but_in_the_last_step_which_ends_on_the_budget():
+    assert sizes("batch=constant", "batch.size=40") == [40] * 50
+    assert sizes("batch=constant", "batch.size=48") == [48] * 41 + [2000 - 48 * 41]
 
 
 def test_requested_size_is_rounded_up_to_ranks_times_micro_batch():
     overrides = ["batch=constant", "batch.size=33", "parallel=ddp", "parallel.replicate=2"]
-    assert next(iter(plan(config(*SMALL, *overrides)))) == (0, 40)
-    assert next(iter(plan(config(*SMALL, *overrides, "batch.round_to=24")))) == (0, 48)
+    assert sizes(*overrides)[0] == 40
+    assert sizes(*overrides, "batch.round_to=24")[0] == 48
 
 
 def test_stages_change_where_the_fractions_say():
-    overrides = ["batch=stages", "batch.sizes=[8,16,64]", "batch.fractions=[0.1,0.2,0.7]"]
-    sizes = dict(plan(config(*SMALL, *overrides)))
-    assert all(size == 8 for first, size in sizes.items() if first < 200)
-    assert all(size == 16 for first, size in sizes.items() if 200 <= first < 600)
-    assert {size for first, size in sizes.items() if 600 <= first < 1900} == {64}
-    assert sum(sizes.values()) == 2000
+    planned = sizes("batch=stages", "batch.sizes=[8,16,64]", "batch.fractions=[0.1,0.2,0.7]")
+    # 200 sequences, then 400, then the rest
+    assert planned == [8] * 25 + [16] * 25 + [64] * 21 + [2000 - 600 - 64 * 21]
+
+
+def test_what_measurements_decide_is_planned_as_a_range():
+    planned = plan(config(*SMALL, "batch=norm_test", "parallel=ddp", "batch.size=12", "batch.max_size=100"))
+    assert (planned.sizes, planned.first, planned.largest) == (None, 16, 96)
 
 
 @pytest.mark.parametrize("estimator", ["microbatch", "worker"])
