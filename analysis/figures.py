@@ -168,7 +168,7 @@ def _ends(schedules: _Schedules) -> str:
 def joined(figure: Figure, datasets: dict[str, Dataset], labels: Sequence[str]) -> Spec:
     """The whole figure as one specification, for a file."""
     width = 560 if len(figure.panels) == 1 else 300
-    parts = [{**panel.spec, "width": width} for panel in figure.panels]
+    parts = [{**panel.spec, "layer": _static(panel.spec), "width": width} for panel in figure.panels]
     entry = 50 + 7 * max(map(len, labels))  # pixels of a legend's entry
     font = "Helvetica, Arial, Liberation Sans, sans-serif"
     return {
@@ -181,6 +181,11 @@ def joined(figure: Figure, datasets: dict[str, Dataset], labels: Sequence[str]) 
         "spacing": 28,
         "config": look.config("light", len(labels), font, max(1, width * len(parts) // entry)),
     }
+
+
+def _static(spec: Spec) -> list[Spec]:
+    """The layers that show something without a pointer."""
+    return [layer for layer in spec["layer"] if "params" not in layer]
 
 
 def png(spec: Spec) -> bytes:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -31,7 +32,6 @@ from analysis.verdict import Comparison, cautions, compare_all, headline, is_bas
 from pipeline.store import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
-LIBRARY = "window.vegaEmbed = vegaEmbed;"  # all that the page needs of the bundle
 
 
 @dataclass(frozen=True)
@@ -247,12 +247,17 @@ def render_html(report: Report) -> str:
         "report.html.j2",
         report,
         data=data.replace("<", "\\u003c"),  # so that no text can end the script element
-        library=vl_convert.javascript_bundle(LIBRARY, vl_version=charts.VEGA_LITE).replace(
-            "</script", "<\\/script"
-        ),
+        library=_library(),
         colors={scheme: list(enumerate(look.colors(scheme, n))) for scheme in look.SCHEMES},
         dashes=look.dashes(n),
     )
+
+
+@functools.cache
+def _library() -> str:
+    """Vega, Vega-Lite and the embedder as one script; putting it together takes a second."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=charts.VEGA_LITE)
+    return bundle.replace("</script", "<\\/script")
 
 
 def _encoded(data: Dataset) -> dict[str, Any]:
