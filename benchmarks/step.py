@@ -2,8 +2,8 @@
 
     python -m benchmarks.step [--rounds 12] [--json]
 
-Variants take turns, one step each, so that a drift of the machine hits all alike; the figures are ratios of
-medians, with the quartiles of the per-round ratios. One thread per process.
+Variants take turns, one step each and in random order, so that a drift of the machine hits all alike; the
+figures are medians of the ratios within a round, with their quartiles. One thread per process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import tempfile
@@ -73,10 +74,12 @@ def trainer(composed: Config, rank: int = 0) -> Trainer:
 def in_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step of each variant; two rounds of warm-up are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order, names = random.Random(0), list(variants)  # the same order on all ranks
     for turn in range(rounds + 2):
-        for name, step in variants.items():
+        order.shuffle(names)
+        for name in names:
             begin = time.perf_counter()
-            step()
+            variants[name]()
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - begin)
     return seconds
@@ -94,8 +97,8 @@ def ddp(rank: int, rounds: int) -> dict[str, list[float]]:
 
 
 def ratio(above: list[float], below: list[float]) -> dict[str, float]:
-    first, _, third = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
-    return {"ratio": statistics.median(above) / statistics.median(below), "q1": first, "q3": third}
+    q1, median, q3 = statistics.quantiles([a / b for a, b in zip(above, below, strict=True)], n=4)
+    return {"ratio": median, "q1": q1, "q3": q3}
 
 
 def main() -> int:
@@ -119,7 +122,7 @@ def main() -> int:
         for name, figure in figures.items()
     }
     if arguments.json:
-        machine = {"processor": platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+        machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
         seconds = {"single": alone, "ddp": ranks}
         print(json.dumps({"figures": figures, "met": met, "seconds": seconds, "machine": machine}, indent=1))
     else:

@@ -8,6 +8,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from pipeline.batch import schedule_class
 from pipeline.config import Config, typed
 from pipeline.identity import complete
 from pipeline.overrides import CONF, explain
@@ -20,7 +21,14 @@ def main() -> int:
     arguments = sys.argv[1:]
     sys.argv = ["python -m pipeline", *_normalised(arguments)]
     try:
-        return max((_run(complete(typed(tree))) for tree in _composed()), default=0)
+        trees = _composed()
+        configs = [complete(typed(tree)) for tree in trees]
+        _warn_of_unread_settings(configs, arguments)
+        return max((_run(config) for config in configs), default=0)
+    except SystemExit as end:
+        if {"--help", "-h"} & set(arguments) and not end.code:
+            print(_settings())
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -60,6 +68,22 @@ def _composed() -> list[DictConfig]:
 
     collect()
     return trees
+
+
+def _settings() -> str:
+    """The part of conf/config.yaml that explains every setting."""
+    text = (CONF / "config.yaml").read_text(encoding="utf-8")
+    return text[text.index("\nseed:") : text.index("\nhydra:")]
+
+
+def _warn_of_unread_settings(configs: list[Config], arguments: list[str]) -> None:
+    """In a sweep some schedules read a setting and others do not; in a single run it was meant to be read."""
+    for config in configs:
+        read = schedule_class(config.batch.schedule).settings | {"schedule"}
+        for argument in arguments:
+            group, _, name = argument.lstrip("+").partition("=")[0].partition(".")
+            if group == "batch" and name and name not in read:
+                print(f"batch.{name}: not read by batch.schedule={config.batch.schedule}", file=sys.stderr)
 
 
 def _run(config: Config) -> int:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipeline.batch._interface import Decision, State
+from pipeline.config import ConfigError
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import RunDirectory, write_atomically
 
@@ -36,6 +37,7 @@ class Progress:
 
     schedule: State
     next_batch: Decision
+    first_batch: int  # sequences; the batch that lr.batch_scaling is relative to
     step: int = 0
     sequences: int = 0
     time: float = 0.0  # seconds of training, summed over attempts
@@ -58,15 +60,15 @@ def save(
     final = run.checkpoints / f"step-{progress.step:08d}"
     partial = run.checkpoints / f"partial-{progress.step:08d}"
     if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
+        for torn in run.checkpoints.glob("partial-*"):
+            shutil.rmtree(torn)
     _barrier(ranks)
     _quietly(dcp.save, _tensors(model, optimizer), checkpoint_id=partial)
     if ranks.is_main:
         write_atomically(partial / "progress.json", progress.to_json())
         partial.rename(final)
         for old in complete(run)[:-KEEP]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(run.checkpoints / f"partial-{old.name}"))
     _barrier(ranks)
 
 
@@ -85,6 +87,8 @@ def complete(run: RunDirectory) -> list[Path]:
 
 def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     """The newest checkpoint's parameters, whole and by name, without a model or other ranks."""
+    if not complete(run):
+        raise ConfigError(f"{run.checkpoints}: holds no checkpoint, so there are no weights to read")
     path = complete(run)[-1]
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights = {

@@ -270,6 +270,8 @@ def nearest(word: str, candidates: Sequence[str]) -> str | None:
 
 
 def unknown_key(key: str) -> str:
+    if key.partition(".")[0] == "experiment":
+        return "experiment: its file in conf/experiment/ must begin with the line `# @package _global_`"
     hint = nearest(key, known_keys())
     return f"{key}: no such setting." + (f" Did you mean {hint}?" if hint else "")
 
@@ -313,16 +315,25 @@ def _value(hint: Any, value: Any) -> Any:
         raise ValueError(f"one of {', '.join(arguments)}" + (f". Did you mean {hit}?" if hit else ""))
     if origin is list:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ValueError(f"a list of {arguments[0].__name__}, such as [a, b]")
+            raise ValueError(f"a list of {_NAMES[arguments[0]][1]} is needed, such as [a, b]")
         return [_value(arguments[0], item) for item in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         if hint is float and not math.isfinite(value):
-            raise ValueError("a finite number")
+            raise ValueError("a finite number is needed")
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise ValueError(f"{names[hint]} is needed, not {type(value).__name__}")
+    given = next((one for kind, (one, _) in _NAMES.items() if type(value) is kind), "a group or list")
+    raise ValueError(f"{_NAMES[hint][0]} is needed, not {given}")
+
+
+# One and several values of a type, in a user's words.
+_NAMES = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("a text", "texts"),
+}
 
 
 def parse_tokens(value: object) -> int:
@@ -372,21 +383,17 @@ def _divides(divisor_key: str, divisor: int, key: str, value: int) -> list[str]:
     if value % divisor == 0:
         return []
     return [
-        f"{key}={value}: not divisible by {divisor_key}={divisor}. "
+        f"{key}={value}: not divisible by {divisor_key} = {divisor}. "
         f"Nearest {key}: {nearest_multiples(value, divisor)}"
     ]
 
 
 def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig) -> list[str]:
+    # Rotary embeddings turn pairs, so the width of a head is even.
     problems = [
-        *_divides("model.heads", model.heads, "model.width", model.width),
+        *_divides("2 × model.heads", 2 * model.heads, "model.width", model.width),
         *_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads),
     ]
-    if model.width % model.heads == 0 and model.head_width % 2:
-        problems.append(
-            f"model.width={model.width} / model.heads={model.heads} = {model.head_width}: rotary embeddings "
-            f"need an even head width. Nearest model.width: {nearest_multiples(model.width, 2 * model.heads)}"
-        )
     if parallel.tensor > 1:
         for key in ("heads", "kv_heads", "ffn", "vocab"):
             value = getattr(model, key)
@@ -430,28 +437,29 @@ def _check_data(config: Config) -> list[str]:
 
 def _check_batch(config: Config) -> list[str]:
     batch, ranks, micro = config.batch, config.parallel.data_ranks, config.data.micro_batch
-    unit = ranks * micro
-    problems = []
-    if batch.size < unit:
-        problems.append(
-            f"batch.size={batch.size}: smaller than one micro-batch on every rank ({ranks} ranks × "
-            f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
-        )
+    unit, problems = ranks * micro, []
     if batch.round_to:
         problems += _divides("ranks × data.micro_batch", unit, "batch.round_to", batch.round_to)
-    if config.budget_sequences < batch.size:
-        problems.append(
-            f"budget.tokens={config.budget.tokens}: less than one batch (batch.size={batch.size} × "
-            f"data.sequence_length={config.data.sequence_length} = "
-            f"{batch.size * config.data.sequence_length} tokens)"
-        )
     if not 0 <= batch.ema < 1:
         problems.append(f"batch.ema={batch.ema}: must be at least 0 and below 1")
     if batch.growth_cap <= 1:
         problems.append(f"batch.growth_cap={batch.growth_cap}: must be above 1")
     if unknown := _one_of("batch.schedule", batch.schedule, batch_schedules.names()):
         return problems + unknown
-    return problems + batch_schedules.schedule_class(batch.schedule).check(config)
+    schedule = batch_schedules.schedule_class(batch.schedule)
+    if "size" in schedule.settings and batch.size < unit:
+        problems.append(
+            f"batch.size={batch.size}: smaller than one micro-batch on every rank ({ranks} ranks × "
+            f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
+        )
+    problems += schedule.check(config)
+    if not problems and config.budget_sequences < (first := schedule(config).start()[1].size):
+        length = config.data.sequence_length
+        problems.append(
+            f"budget.tokens={config.budget.tokens}: less than one batch (the first is {first} sequences × "
+            f"data.sequence_length={length} = {first * length} tokens)"
+        )
+    return problems
 
 
 def _check_optimisation(config: Config) -> list[str]:

@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     path = str(request.directory.resolve())
-    code = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({path!r}))"
+    name = json.dumps(path)  # in double quotes, for the shell's single ones
+    code = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({name}))"
     print(path)
     print(f"Load it: python -c {shlex.quote(code)}")
     return 0

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,6 +17,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 _SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'")
 _NO_SUCH_KEY = re.compile(r"Could not (?:override|delete|delete from config\.) '([^'=]+)")
+_GIVEN_ALREADY = re.compile(r"Could not append to config\. An item is already at '(.*?)'")
 _GIVEN_TWICE = re.compile(r"Multiple values for ([^\s.]+)\. To override a value use 'override \S+: (.*)'")
 
 
@@ -35,6 +37,9 @@ def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | Non
             return (f"{error.full_key}: {text.splitlines()[0]}",)
         case ValueError() if text.startswith("Config group override must be a string"):
             return tuple(_value_for_a_group(arguments)) or (text,)
+        case yaml.MarkedYAMLError() if error.problem_mark:
+            mark = error.problem_mark
+            return (f"{mark.name}, line {mark.line + 1}: {error.problem}",)
         case ValueError() if text.startswith(("Only one of --run", "The --resolve flag")):
             return (text,)
     return None
@@ -70,6 +75,8 @@ def _rejected(text: str) -> str:
         return f"{found[1]}: several values make a sweep, which needs -m: {again}"
     if found := _GIVEN_TWICE.match(text):
         return f"+{found[1]}={found[2]}: {found[1]} has a value already; leave out the +"
+    if found := _GIVEN_ALREADY.match(text):
+        return f"+{found[1]}: {found[1]} has a value already; leave out the +"
     if found := _NO_SUCH_KEY.match(text):
         if found[1].startswith("hydra"):
             return f"{found[1]}: Hydra has no such setting"

@@ -103,14 +103,18 @@ class RunDirectory:
     def freeze(self, config: Config) -> None:
         """Writes config.yaml, which attempts read and nothing else.
 
-        The id fixes all that decides the result; asked for again before it is done, the run takes over what
-        does not (launch, track, where the data lies).
+        The id fixes all that decides the result; asked for again, a run that is neither done nor running
+        takes over what does not (launch, track, where the data lies).
         """
-        status = self.status()
-        if status is None or status.state != "DONE":
-            write_atomically(self.config_file, yaml.safe_dump(to_tree(config), sort_keys=False))
-        if status is None:
-            self.write_status(Status("PENDING", budget_tokens=config.budget_tokens))
+        try:
+            with self.lock():
+                status = self.status()
+                if status is None or status.state != "DONE":
+                    write_atomically(self.config_file, yaml.safe_dump(to_tree(config), sort_keys=False))
+                if status is None:
+                    self.write_status(Status("PENDING", budget_tokens=config.budget_tokens))
+        except AlreadyRunning:
+            return
 
     def config(self) -> Config:
         try:

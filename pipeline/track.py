@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
+import threading
 import traceback
 from typing import Any
 
@@ -11,27 +13,57 @@ from pipeline.batch import schedule_class
 from pipeline.config import Config, to_tree
 from pipeline.store import Row, RunDirectory
 
+QUEUED_ROWS = 1000
+FINISH_TIMEOUT_S = 60.0
+
 
 class Tracker:
-    """Sends rows to wandb. When wandb fails once, says so and goes silent; the record has everything."""
+    """Sends rows to wandb from a thread of its own, so that neither its failure nor its silence reaches the
+    run. The record has everything in any case."""
 
     def __init__(self, config: Config, run: RunDirectory, attempt: int) -> None:
         self._every = config.track.every
-        self._run: Any = None
+        self._rows: queue.Queue[Row | int] = queue.Queue(QUEUED_ROWS)  # an exit code ends it
+        self._mirror: threading.Thread | None = None
+        self._dropped = False
         mode = os.environ.get("WANDB_MODE") or config.track.mode
         if mode != "disabled":
-            self._guard(self._start, config, run, attempt, mode)
+            self._mirror = threading.Thread(
+                target=self._run_mirror, args=(config, run, attempt, mode), daemon=True
+            )
+            self._mirror.start()
 
     def log(self, row: Row) -> None:
         """Every `track.every`-th step, the first, and every evaluation."""
-        if self._run and (row["step"] % self._every == 0 or row["step"] == 1 or "val/loss" in row):
-            self._guard(self._run.log, row)
+        if self._mirror and (row["step"] % self._every == 0 or row["step"] == 1 or "val/loss" in row):
+            self._put(row)
 
     def finish(self, exit_code: int) -> None:
-        if self._run:
-            self._guard(self._run.finish, exit_code)
+        """Waits a while for the mirror to catch up."""
+        if self._mirror:
+            self._put(exit_code)
+            self._mirror.join(FINISH_TIMEOUT_S)
 
-    def _start(self, config: Config, run: RunDirectory, attempt: int, mode: str) -> None:
+    def _put(self, item: Row | int) -> None:
+        try:
+            self._rows.put_nowait(item)
+        except queue.Full:
+            if not self._dropped:
+                print("wandb does not keep up and misses rows; metrics.jsonl is complete", file=sys.stderr)
+            self._dropped = True
+
+    def _run_mirror(self, config: Config, run: RunDirectory, attempt: int, mode: str) -> None:
+        try:
+            mirror = self._start(config, run, attempt, mode)
+            while isinstance(item := self._rows.get(), dict):
+                mirror.log(item)
+            mirror.finish(item)
+        except Exception:  # whatever wandb raises must not end a run
+            self._mirror = None
+            print("wandb failed; the run goes on and metrics.jsonl is complete", file=sys.stderr)
+            traceback.print_exc()
+
+    def _start(self, config: Config, run: RunDirectory, attempt: int, mode: str) -> Any:
         # Tables and caches would otherwise lie outside the run directory and be lost when it is copied.
         for variable, name in (("DATA", "data"), ("CACHE", "cache"), ("ARTIFACT", "artifacts")):
             os.environ[f"WANDB_{variable}_DIR"] = str(run.path / "wandb" / name)
@@ -51,7 +83,7 @@ class Tracker:
         }
         _, first = schedule_class(config.batch.schedule)(config).start()
         settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields})
-        self._run = wandb.init(
+        mirror = wandb.init(
             mode=mode,
             project=config.track.project,
             entity=config.track.entity,
@@ -66,16 +98,9 @@ class Tracker:
             reinit="finish_previous",
             settings=settings,
         )
-        self._run.define_metric("tokens")
-        self._run.define_metric("*", step_metric="tokens")
-
-    def _guard(self, function: Any, *arguments: Any) -> None:
-        try:
-            function(*arguments)
-        except Exception:  # whatever wandb raises must not end a run
-            self._run = None
-            print("wandb failed; the run goes on and metrics.jsonl is complete", file=sys.stderr)
-            traceback.print_exc()
+        mirror.define_metric("tokens")
+        mirror.define_metric("*", step_metric="tokens")
+        return mirror
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,7 @@ from torch import nn
 import pipeline.parallel as strategies
 from pipeline import checkpoint
 from pipeline.batch import schedule_class
-from pipeline.batch._interface import Decision
-from pipeline.batch._interface import Progress as StepDone
+from pipeline.batch._interface import Decision, StepDone
 from pipeline.checkpoint import Progress
 from pipeline.config import Config, ConfigError
 from pipeline.data import Prefetcher, Stream, prepare
@@ -90,8 +89,7 @@ class Trainer:
         if self.schedule.measures:
             self.capture = capture_for(config.batch.estimator, self.model, self.device)
         state, first = self.schedule.start()
-        self.first_batch = first.size
-        self.progress = Progress(state, first)
+        self.progress = Progress(state, first, first.size)
         self.tokens_before = 0  # tokens seen before the step just done
 
         self.metrics = MetricsWriter(run.metrics_file) if ranks.is_main else None
@@ -127,13 +125,12 @@ class Trainer:
         size = min(decision.size, self.config.budget_sequences - progress.sequences)
         measured = self._measured(size)
         loss, statistics, squared_norm = self._gradient(progress.sequences, size, measured)
-        tokens = self.tokens + size * self.length
         rate = learning_rate(
             self.config,
             step=progress.step + 1,
-            tokens=tokens,
+            tokens=self.tokens + size * self.length / 2,
             batch=decision.size,
-            first_batch=self.first_batch,
+            first_batch=progress.first_batch,
         )
         finite = math.isfinite(loss) and math.isfinite(squared_norm)
         if finite:
@@ -256,12 +253,17 @@ class Trainer:
             if count:
                 tokens = torch.from_numpy(self.held_out.read(start, count)).to(self.device)
                 loss += self._loss(tokens[:, :-1], tokens[:, 1:])
-        (loss_per_run,) = self.ranks.sum(loss)
+        (total_loss,) = self.ranks.sum(loss)
         if self.ranks.is_main:
-            self._log({**self._clock(), "val/loss": loss_per_run / (total * self.length)})
+            self._log({**self._clock(), "val/loss": total_loss / (total * self.length)})
+        if not math.isfinite(total_loss):
+            raise TrainingFailed(f"step {self.progress.step}: validation loss {total_loss}")
         self.resumed_at = time.perf_counter()
 
+    @torch.no_grad()
     def save(self) -> None:
+        if not math.isfinite(self.squared_norm(self.parameters).item()):
+            raise TrainingFailed(f"step {self.progress.step}: the parameters are not finite; not saved")
         checkpoint.save(self.run, self.ranks, self.model, self.optimizer, self.progress)
         self.resumed_at = time.perf_counter()
 

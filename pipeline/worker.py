@@ -3,14 +3,15 @@
     python -m pipeline.worker RUN_DIR
 
 Started plainly it is the supervisor: it takes the run's lock, starts one process per rank with torch's
-elastic launcher, and turns however they end into the run's status. Started with RANK set (by itself, by
-torchrun or by SLURM) it is one rank. Exit codes: 0 done (or somebody else is at it), 1 failed, 2 the run
-directory is wrong, 128 + n stopped by signal n.
+elastic launcher, and turns however they end into the run's status. The ranks are this module again, told
+apart by the environment. Exit codes: 0 done (or somebody else is at it), 1 failed, 2 the request
+is wrong (no such run directory, device or data), 128 + n stopped by signal n.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -19,13 +20,16 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.config import Config, ConfigError, check
 from pipeline.store import AlreadyRunning, RunDirectory, home
 
 ATTEMPT_VARIABLE = "CRESCENDO_ATTEMPT"
+SUPERVISOR_VARIABLE = "CRESCENDO_SUPERVISOR"  # its process id, for the ranks
 PROGRESS_INTERVAL_S = 5.0
 SHUTDOWN_TIMEOUT_S = 10
+WRONG_REQUEST = 2
 
 
 def main(arguments: list[str]) -> int:
@@ -33,10 +37,15 @@ def main(arguments: list[str]) -> int:
         print("usage: python -m pipeline.worker RUN_DIR", file=sys.stderr)
         return 2
     run = RunDirectory(Path(arguments[0]).resolve())
+    if is_rank := SUPERVISOR_VARIABLE in os.environ:
+        _die_with_supervisor()
+    elif "RANK" in os.environ:
+        print("RANK is set: start the worker plainly, it starts its ranks itself", file=sys.stderr)
+        return WRONG_REQUEST
     try:
         config = run.config()
         check(config)
-        return run_rank(config, run) if "RANK" in os.environ else supervise(config, run)
+        return run_rank(config, run) if is_rank else supervise(config, run)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -50,16 +59,18 @@ def main(arguments: list[str]) -> int:
 
 def supervise(config: Config, run: RunDirectory) -> int:
     """Runs all ranks of the next attempt and records how they ended. Raises AlreadyRunning."""
-    signal.signal(signal.SIGTERM, _interrupt)
     with run.lock():
         status = run.status()
         if status and status.state == "DONE":
             print(f"run {run.id} is done: {run.path}")
             return 0
+        stops = Stops()
         attempt = status.attempt + 1 if status else 1
         run.update_status(
             state="RUNNING",
             attempt=attempt,
+            step=0,
+            tokens_seen=0,
             started=time.time(),
             budget_tokens=config.budget_tokens,
             host=socket.gethostname(),
@@ -72,25 +83,72 @@ def supervise(config: Config, run: RunDirectory) -> int:
         reporter = threading.Thread(target=_report_progress, args=(run, finished), daemon=True)
         reporter.start()
         try:
-            state, exit_code, error = _run_ranks(config, run, attempt)
+            state, exit_code, error = _run_ranks(config, run, attempt, stops)
+        except KeyboardInterrupt as stop:
+            name = signal.Signals(stop.args[0]).name
+            state, exit_code, error = "CANCELLED", 128 + stop.args[0], f"stopped by {name}"
         finally:
             finished.set()
             reporter.join()
         run.update_status(state=state, exit_code=exit_code, error=error)
-        print(f"run {run.id}: {state}" + (f": {error}" if error else ""), flush=True)
+        print(f"run {run.id}: {state}" + (f": {error}" if error else ""))
+        print(_conclusion(run) if state == "DONE" else f"again, from the newest checkpoint: {_again(run)}")
         return exit_code
 
 
-def _run_ranks(config: Config, run: RunDirectory, attempt: int) -> tuple[str, int, str | None]:
-    """(state, exit code, error) of one attempt."""
+class Stops:
+    """SIGTERM and SIGINT, only noted until `act`, then raised as KeyboardInterrupt(number).
+
+    An exception that a signal raises somewhere inside `import torch` may be swallowed there.
+    """
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        self._acting = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def act(self) -> None:
+        self._acting = True
+        if self._number is not None:
+            raise KeyboardInterrupt(self._number)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self._number = number
+        if self._acting:
+            raise KeyboardInterrupt(number)
+
+
+def _conclusion(run: RunDirectory) -> str:
+    """How a finished run ended, and what to do with it."""
+    trained, evaluated = (
+        next(row for row in reversed(run.rows()) if key in row) for key in ("train/loss", "val/loss")
+    )
+    return (
+        f"{trained['step']} steps, {trained['tokens']:,} tokens in {trained['time']:.0f} s of training, "
+        f"validation loss {evaluated['val/loss']:.4f}\n"
+        f"record: {run.metrics_file}\n"
+        f"export for transformers: python -m pipeline.export {run.id} DIRECTORY"
+    )
+
+
+def _again(run: RunDirectory) -> str:
+    return f"python -m pipeline.worker {os.path.relpath(run.path)}"
+
+
+def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) -> tuple[str, int, str | None]:
+    """(state, exit code, error) of one attempt. Raises KeyboardInterrupt(signal number) when stopped."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from pipeline.data import prepare
 
+    # What it would print about signals and failed ranks is in the status, in one line.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[ATTEMPT_VARIABLE] = str(attempt)
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_rank(config)))
+    os.environ[SUPERVISOR_VARIABLE] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, runs_at_a_time=1)))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -104,33 +162,33 @@ def _run_ranks(config: Config, run: RunDirectory, attempt: int) -> tuple[str, in
         local_addr="localhost",
     )
     command = [sys.executable, "-m", "pipeline.worker", str(run.path)]
+    stops.act()
     try:
         # Before the ranks start, so that none of them waits in a collective for another's tokenising.
         prepare(config.data, home() / "corpora", report=print, progress=sys.stdout.isatty())
         elastic_launch(launch, command[0])(*command[1:])
     except ConfigError as error:
-        return "FAILED", 1, str(error)
+        return "FAILED", WRONG_REQUEST, str(error)
     except ChildFailedError as failure:
-        return "FAILED", 1, _cause(run, attempt, failure)
-    except (SignalException, KeyboardInterrupt) as stop:
-        number = stop.sigval if isinstance(stop, SignalException) else (stop.args or [signal.SIGINT])[0]
-        return "CANCELLED", 128 + number, f"stopped by {signal.Signals(number).name}"
+        _, first = failure.get_first_failure()
+        exit_code = WRONG_REQUEST if first.exitcode == WRONG_REQUEST else 1
+        return "FAILED", exit_code, _cause(run, attempt, failure)
+    except SignalException as stop:
+        raise KeyboardInterrupt(int(stop.sigval)) from None
     return "DONE", 0, None
 
 
-def _interrupt(number: int, frame: object) -> None:
-    """SIGTERM before or after torch's launcher is in charge of signals."""
-    raise KeyboardInterrupt(number)
-
-
-def _threads_per_rank(config: Config) -> int:
-    return config.launch.cpus_per_task or max(1, (os.cpu_count() or 1) // config.parallel.world_size)
+def threads_per_rank(config: Config, runs_at_a_time: int) -> int:
+    """An equal share of the cores this process may use."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return config.launch.cpus_per_task or max(1, cores // (runs_at_a_time * config.parallel.world_size))
 
 
 def _cause(run: RunDirectory, attempt: int, failure: Exception) -> str:
     """One line: which rank ended the attempt, and why."""
     rank, first = failure.get_first_failure()  # type: ignore[attr-defined]
-    step = status.step if (status := run.status()) else 0
+    row = run.last_row()
+    step = row["step"] if row and row["attempt"] == attempt else 0
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         return f"rank {rank} was killed by {name} (signal {-first.exitcode}) after step {step}"
@@ -141,19 +199,20 @@ def _cause(run: RunDirectory, attempt: int, failure: Exception) -> str:
 
 
 def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
-    """A line every few seconds for whoever watches."""
-    reported = -1
+    """A line every few seconds for whoever watches; its rate is that since the line before."""
+    tokens, seconds = 0, 0.0
     while not finished.wait(PROGRESS_INTERVAL_S):
-        status = run.status()
-        row = run.last_row()
-        if status and row and status.step != reported:
-            reported = status.step
-            print(
-                f"step {row['step']}  {row['tokens'] / max(1, status.budget_tokens):4.0%} of "
-                f"{status.budget_tokens:,} tokens  loss {row['train/loss']:.4f}  "
-                f"batch {row['batch/size']}  {row['throughput/tokens_per_s']:,.0f} tokens/s",
-                flush=True,
-            )
+        status, row = run.status(), run.last_row()
+        if not status or not row or row["attempt"] != status.attempt or row["time"] == seconds:
+            continue
+        rate = (row["tokens"] - tokens) / (row["time"] - seconds)
+        tokens, seconds = row["tokens"], row["time"]
+        print(
+            f"step {row['step']}  {tokens / max(1, status.budget_tokens):4.0%} of "
+            f"{status.budget_tokens:,} tokens  loss {row['train/loss']:.4f}  "
+            f"batch {row['batch/size']}  {rate:,.0f} tokens/s",
+            flush=True,
+        )
 
 
 # --- one rank --------------------------------------------------------------------------------------------
@@ -167,11 +226,10 @@ def error_file(run: RunDirectory, attempt: int, rank: int) -> Path:
     return run.logs / f"attempt-{attempt}.rank-{rank}.error"
 
 
-def run_rank(config: Config, run: RunDirectory) -> int:
+def run_rank(config: Config, run: RunDirectory) -> NoReturn:
     """This process's share of the run. Output goes to logs/; an error also, as one line, to its own file."""
     rank = int(os.environ["RANK"])
-    attempt = int(os.environ.get(ATTEMPT_VARIABLE, 1))
-    _die_with_parent()
+    attempt = int(os.environ[ATTEMPT_VARIABLE])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a stop is not an error worth a traceback
     run.logs.mkdir(parents=True, exist_ok=True)
     log = os.open(log_file(run, attempt, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -183,7 +241,6 @@ def run_rank(config: Config, run: RunDirectory) -> int:
 
         with process_group(config) as ranks:
             train(config, run, attempt, ranks)
-        return 0
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
@@ -193,7 +250,9 @@ def run_rank(config: Config, run: RunDirectory) -> int:
         line = f"{type(error).__name__}: {error}".splitlines()[0]
         error_file(run, attempt, rank).write_text(line, encoding="utf-8")
         # Other ranks may be inside a collective that will never complete: leave without waiting for them.
-        os._exit(1)
+        os._exit(WRONG_REQUEST if isinstance(error, ConfigError) else 1)
+    # All is on disk; the interpreter's own exit would wait for whatever wandb still wants to do.
+    os._exit(0)
 
 
 def _lost_a_peer(error: Exception) -> bool:
@@ -202,13 +261,12 @@ def _lost_a_peer(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or "peer" in str(error) or "gloo" in str(error)
 
 
-def _die_with_parent() -> None:
+def _die_with_supervisor() -> None:
     """A rank must not outlive its supervisor, however that ends (Linux: PR_SET_PDEATHSIG = 1)."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+    if os.getppid() != int(os.environ[SUPERVISOR_VARIABLE]):  # it died before the line above
+        os._exit(1)
 
 
 if __name__ == "__main__":

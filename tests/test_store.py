@@ -43,6 +43,16 @@ def test_asked_for_again_a_run_takes_over_how_it_is_launched_until_it_is_done(ho
     assert run.config().track.mode == "online"
 
 
+def test_a_running_run_keeps_its_config_and_status(home: Path):
+    run = RunDirectory.of(config())
+    run.freeze(config())
+    with run.lock():
+        run.update_status(state="RUNNING", attempt=1)
+        run.freeze(config("track=online"))
+        assert run.config().track.mode == "offline"
+        assert run.status().state == "RUNNING"
+
+
 def test_looking_at_the_lock_does_not_stop_a_taker(home: Path):
     run = RunDirectory.of(config())
     run.freeze(config())

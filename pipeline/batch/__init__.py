@@ -1,4 +1,4 @@
-"""Batch schedules: pure controllers (state, progress, statistics) -> (state, decision).
+"""Batch schedules: pure controllers (state, step done, statistics) -> (state, decision).
 
 Each schedule is one file with a class `Schedule` (see `_interface.BatchSchedule`). Nothing here imports
 torch: the command line checks configs and previews batch plans with the same code that trains.

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.batch._interface import Decision, Progress, State, round_up
+from pipeline.batch._interface import Decision, State, StepDone, round_up
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -32,7 +32,7 @@ class Adaptive:
         self.multiple = config.batch_multiple
         self.first = round_up(self.batch.size, self.multiple)
         # The cap must itself be a multiple: the largest one that does not exceed max_size.
-        self.largest = max(self.first, (self.batch.max_size or self.first) // self.multiple * self.multiple)
+        self.largest = (self.batch.max_size or self.first) // self.multiple * self.multiple
 
     @staticmethod
     def check(config: Config) -> list[str]:
@@ -43,9 +43,10 @@ class Adaptive:
                 f"batch.max_size=null: batch.schedule={batch.schedule} needs a cap. "
                 f"A usual choice: {16 * batch.size}"
             )
-        elif batch.max_size < batch.size:
+        elif batch.max_size < (first := round_up(batch.size, config.batch_multiple)):
             problems.append(
-                f"batch.max_size={batch.max_size}: below batch.size={batch.size}. Nearest: {batch.size}"
+                f"batch.max_size={batch.max_size}: below the first batch, batch.size={batch.size} rounded up "
+                f"to a multiple of {config.batch_multiple}. Nearest: {first}"
             )
         if batch.estimator == "microbatch" and round_up(batch.size, config.batch_multiple) < 2 * micro:
             problems.append(
@@ -74,7 +75,7 @@ class Adaptive:
         return step % self.batch.interval == 0
 
     def decide(
-        self, state: State, progress: Progress, statistics: GradientStatistics | None
+        self, state: State, done: StepDone, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
         numerator, denominator = self.terms(statistics) if statistics else (math.nan, math.nan)
         if math.isnan(numerator) or math.isnan(denominator):
@@ -88,23 +89,24 @@ class Adaptive:
         )
         # Both averages started at 0 and share one correction, so their ratio needs none.
         demanded = _ratio(state.numerator, state.denominator)
-        log = {"test/statistic": demanded, "test/threshold": float(progress.batch)}
-        requested, reason = self._guard(state, progress, demanded)
+        log = {"test/statistic": demanded, "test/threshold": float(done.batch)}
+        requested, reason = self._guard(state, done, demanded)
         if requested != state.requested:
-            state = replace(state, requested=requested, changed_at_tokens=progress.tokens)
+            state = replace(state, requested=requested, changed_at_tokens=done.tokens)
         return state, self._decision(requested, reason, log)
 
-    def _guard(self, state: State, progress: Progress, demanded: float) -> tuple[float, str]:
-        current = state.requested
-        held = progress.tokens - state.changed_at_tokens < self.batch.hold_tokens
+    def _guard(self, state: State, done: StepDone, demanded: float) -> tuple[float, str]:
+        """(requested size, reason); the test is of the batch that was measured."""
+        current, held_since = done.batch, done.tokens - state.changed_at_tokens
+        held = held_since < self.batch.hold_tokens
         if demanded <= current:
-            if self.batch.monotone or demanded == current or current <= self.batch.size:
-                return current, "passed"
+            if self.batch.monotone or demanded == current or current <= self.first:
+                return state.requested, "passed"
             if held:
-                return current, "held"
-            return max(demanded, current / self.batch.growth_cap, self.batch.size), "shrank"
+                return state.requested, "held"
+            return max(demanded, current / self.batch.growth_cap, self.first), "shrank"
         if held:
-            return current, "held"
+            return state.requested, "held"
         limit = min(current * self.batch.growth_cap, self.largest)
         return (limit, "capped") if demanded > limit else (demanded, "grew")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -21,12 +20,9 @@ class State:
     denominator: float = 0.0
     changed_at_tokens: int = 0  # tokens seen when the batch last changed
 
-    def to_dict(self) -> dict[str, float | int]:
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
-class Progress:
+class StepDone:
     """Where a run stands after an optimizer step."""
 
     step: int  # optimizer steps done
@@ -46,7 +42,7 @@ class Decision:
 
 
 class BatchSchedule(Protocol):
-    """One schedule. Pure: the same state, progress and statistics always give the same decision."""
+    """One schedule. Pure: the same state, step and statistics always give the same decision."""
 
     settings: ClassVar[frozenset[str]]  # the batch.* settings that can change its decisions
     measures: ClassVar[bool]  # whether it ever wants statistics; if not, nothing is installed to take them
@@ -68,9 +64,9 @@ class BatchSchedule(Protocol):
         ...
 
     def decide(
-        self, state: State, progress: Progress, statistics: GradientStatistics | None
+        self, state: State, done: StepDone, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
-        """The batch of the step after `progress`. `statistics` are of the step just done."""
+        """The batch of the step after `done`. `statistics` are of the step just done."""
         ...
 
 
@@ -102,5 +98,5 @@ def plan(config: Config) -> BatchPlan:
         size = min(decision.size, config.budget_sequences - seen)
         sizes.append(size)
         seen += size
-        state, decision = schedule.decide(state, Progress(len(sizes), seen * length, seen, size), None)
+        state, decision = schedule.decide(state, StepDone(len(sizes), seen * length, seen, size), None)
     return BatchPlan(sizes, first, schedule.largest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.batch._interface import Decision, Progress, State, round_up
+from pipeline.batch._interface import Decision, State, StepDone, round_up
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -33,6 +33,6 @@ class Schedule:
         return False
 
     def decide(
-        self, state: State, progress: Progress, statistics: GradientStatistics | None
+        self, state: State, done: StepDone, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
         return state, self._decision

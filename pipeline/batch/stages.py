@@ -6,7 +6,7 @@ import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from pipeline.batch._interface import Decision, Progress, State, round_up
+from pipeline.batch._interface import Decision, State, StepDone, round_up
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -68,9 +68,9 @@ class Schedule:
         return False
 
     def decide(
-        self, state: State, progress: Progress, statistics: GradientStatistics | None
+        self, state: State, done: StepDone, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
-        decision = self._at(progress.sequences)
+        decision = self._at(done.sequences)
         return State(decision.requested), decision
 
     def _at(self, sequences: int) -> Decision:

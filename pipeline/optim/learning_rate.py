@@ -7,11 +7,12 @@ import math
 from pipeline.config import Config
 
 
-def learning_rate(config: Config, *, step: int, tokens: int, batch: int, first_batch: int) -> float:
-    """Of the optimizer step that is the `step`-th (from 1) and ends at `tokens`.
+def learning_rate(config: Config, *, step: int, tokens: float, batch: int, first_batch: int) -> float:
+    """Of the `step`-th optimizer step (from 1), whose middle lies at `tokens`.
 
-    warmup × decay × batch factor, on `optim.lr`. Evaluated at the end of the step, so that the first step
-    is not lost to a rate of 0 and the last one ends the decay.
+    warmup × decay × batch factor, on `optim.lr`. Taken at the middle of the step's tokens, it is the mean
+    over them to second order: large steps do not run ahead of the schedule or behind it, and neither the
+    first step nor the last is lost to a rate of 0.
     """
     rate = config.optim.lr * _warmup(config, step, tokens) * _decay(config, tokens)
     return rate * batch_factor(config, batch / first_batch)
@@ -23,14 +24,15 @@ def batch_factor(config: Config, growth: float) -> float:
     return growth**exponent
 
 
-def _warmup(config: Config, step: int, tokens: int) -> float:
+def _warmup(config: Config, step: int, tokens: float) -> float:
     if config.lr.warmup_steps is not None:
-        return min(1.0, step / max(1, config.lr.warmup_steps))
+        return min(1.0, (step - 0.5) / max(1, config.lr.warmup_steps))
     return min(1.0, tokens / max(1, config.lr.warmup_tokens or 0))
 
 
-def _decay(config: Config, tokens: int) -> float:
-    """1 at the end of the warmup, `lr.min_ratio` at the end of the budget."""
+def _decay(config: Config, tokens: float) -> float:
+    """From 1 at the end of a warmup in tokens (or at the start, when it is in steps) to `lr.min_ratio` at the
+    end of the budget."""
     lr, budget = config.lr, config.budget_tokens
     start = lr.warmup_tokens or 0
     if lr.schedule == "warmup_stable_decay":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batch import names, plan, schedule_class
-from pipeline.batch._interface import Progress, State, round_up
+from pipeline.batch._interface import State, StepDone, round_up
 from pipeline.config import ConfigError
 from pipeline.gradients.statistics import GradientStatistics
 from tests.support import config
@@ -42,10 +44,13 @@ def gradients(seed: int = 0, units: int = 8, signal: float = 1.0) -> np.ndarray:
 
 
 def decide(*overrides: str, g: np.ndarray, unit: int = 4, state: State | None = None, tokens: int = 1024):
-    schedule = schedule_class("norm_test")(config(*SMALL, "batch=norm_test", *overrides))
-    start, _ = schedule.start()
-    done = Progress(step=1, tokens=tokens, sequences=tokens // 128, batch=unit * len(g))
-    return schedule.decide(state or start, done, statistics(g, unit))
+    """The decision after one step with these unit gradients, of the batch that `state` had requested."""
+    composed = config(*SMALL, "batch=norm_test", *overrides)
+    schedule = schedule_class("norm_test")(composed)
+    state = state or schedule.start()[0]
+    batch = round_up(state.requested, composed.batch_multiple)
+    done = StepDone(step=1, tokens=tokens, sequences=tokens // 128, batch=batch)
+    return schedule.decide(state, done, statistics(g, unit))
 
 
 def sizes(*overrides: str) -> list[int]:
@@ -115,7 +120,7 @@ def test_averages_numerator_and_denominator_apart():
     numerator = denominator = 0.0
     for step in range(1, 6):
         s = statistics(gradients(seed=step), 4)
-        state, decision = schedule.decide(state, Progress(step, 1, 1, 32), s)
+        state, decision = schedule.decide(state, StepDone(step, 1, 1, 32), s)
         numerator = 0.9 * numerator + 0.1 * s.variance / 0.25
         denominator = 0.9 * denominator + 0.1 * s.mean_sq_norm
         assert decision.log["test/statistic"] == pytest.approx(numerator / denominator)
@@ -137,19 +142,30 @@ def test_guards():
     assert state.changed_at_tokens == 1024
 
 
+def test_the_test_is_of_the_batch_that_was_measured():
+    """Requested 9, applied 16 on two ranks: a demand for 12 passes (Algorithm 1 compares with b_k)."""
+    g = gradients(signal=3.0)
+    demanded = decide("batch.ema=0", "batch.eta=1", g=g)[1].log["test/statistic"]
+    eta = f"batch.eta={math.sqrt(demanded / 12)}"
+    _, decision = decide("parallel=ddp", "batch.size=9", "batch.ema=0", eta, g=g)
+    assert decision.log["test/statistic"] == pytest.approx(12)
+    assert decision.log["test/threshold"] == 16
+    assert (decision.reason, decision.size) == ("passed", 16)
+
+
 def test_no_signal_left_grows_to_the_cap_and_nan_changes_nothing():
     flat = np.stack([np.ones(4), -np.ones(4)])
     assert decide("batch.ema=0", g=flat)[1].reason == "capped"
     lost = GradientStatistics(1, 8, 1.0, 1.0, 1.0)  # one unit: variance undefined
     schedule = schedule_class("norm_test")(config(*SMALL, "batch=norm_test"))
     state, _ = schedule.start()
-    assert schedule.decide(state, Progress(1, 1, 1, 8), lost)[1].reason == "unmeasured"
+    assert schedule.decide(state, StepDone(1, 1, 1, 8), lost)[1].reason == "unmeasured"
 
 
 def test_one_unmeasurable_step_does_not_poison_the_averages():
     schedule = schedule_class("norm_test")(config(*SMALL, "batch=norm_test", "batch.ema=0.9"))
     state, _ = schedule.start()
-    after, _ = schedule.decide(state, Progress(1, 1, 1, 8), GradientStatistics(1, 8, 1.0, 1.0, 1.0))
+    after, _ = schedule.decide(state, StepDone(1, 1, 1, 8), GradientStatistics(1, 8, 1.0, 1.0, 1.0))
     assert after == state
 
 
@@ -173,13 +189,15 @@ def test_decisions_respect_every_limit(signal, seed, requested, ranks, monotone)
     composed = _cached(*overrides, f"batch.monotone={str(monotone).lower()}")
     schedule = schedule_class("norm_test")(composed)
     s = statistics(gradients(seed, signal=signal), 4)
-    state, decision = schedule.decide(State(requested), Progress(1, 10, 10, 16), s)
+    state, decision = schedule.decide(
+        State(requested), StepDone(1, 10, 10, round_up(requested, ranks * 4)), s
+    )
     unit = ranks * 4
     assert decision.size % unit == 0 and unit <= decision.size <= 250
     assert decision.size == min(round_up(state.requested, unit), 250 // unit * unit)
     if monotone:
         assert state.requested >= requested
-    assert State(**state.to_dict()) == state
+    assert State(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
 
 
 _configs: dict[tuple[str, ...], object] = {}
@@ -201,7 +219,14 @@ def _cached(*overrides: str):
         (["batch=stages", "batch.fractions=[0.5,0.5]"], "3 sizes for 2 fractions"),
         (["batch=stages", "batch.sizes=[2,32,64]"], "2 is smaller than one micro-batch"),
         (["batch=norm_test", "batch.estimator=worker"], "there is only one"),
-        (["batch=norm_test", "batch.max_size=4"], "below batch.size=8. Nearest: 8"),
+        (
+            ["batch=norm_test", "batch.max_size=4"],
+            "below the first batch, batch.size=8 rounded up to a multiple of 4. Nearest: 8",
+        ),
+        (
+            ["batch=norm_test", "parallel=ddp", "batch.size=18", "batch.max_size=20"],
+            "multiple of 8. Nearest: 24",
+        ),
         (["batch=norm_test", "batch.max_size=null"], "needs a cap"),
         (["batch=norm_test", "batch.size=4"], "Nearest batch.size: 8"),
         (["batch=norm_test", "batch.schedule=normtest"], "Did you mean norm_test?"),

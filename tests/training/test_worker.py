@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -123,6 +124,46 @@ def test_killed_supervisor_takes_its_ranks_with_it_and_leaves_the_run_free(
     assert not run.is_locked()
 
 
+def test_supervisor_killed_while_its_ranks_start_leaves_none(home: Path, small_corpus: list[str]):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+    worker = start(run)
+    deadline = time.monotonic() + 60
+    while len(processes_of(run)) < 2:  # the first rank has just been started
+        assert time.monotonic() < deadline
+    worker.kill()
+    worker.wait()
+    deadline = time.monotonic() + 20
+    while processes_of(run):
+        assert time.monotonic() < deadline, processes_of(run)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.5, 1.5])
+def test_stop_signal_while_starting_is_recorded_as_cancelled(
+    delay_s: float, home: Path, small_corpus: list[str]
+):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+    worker = start(run)
+    deadline = time.monotonic() + 60
+    while run.status().state != "RUNNING":
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    time.sleep(delay_s)
+    worker.terminate()
+    output, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 128 + signal.SIGTERM, output
+    assert run.status().state == "CANCELLED" and processes_of(run) == {}
+    assert "Traceback" not in output
+
+
+def test_a_foreign_launcher_is_refused(home: Path, small_corpus: list[str]):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=50k"))
+    worker = start(run, RANK="0")
+    output, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 2 and "start the worker plainly" in output
+    assert run.status().state == "PENDING"
+
+
 def test_stop_signal_is_recorded_as_cancelled(home: Path, small_corpus: list[str]):
     run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
     worker = start(run)
@@ -185,3 +226,42 @@ def test_wandb_mirrors_the_record_and_cannot_stop_it(
     assert "WARNING" not in log
     text = inspected.stdout
     assert text.count("throughput/tokens_per_s") >= 6 and "val/loss" in text and "batch.schedule" in text
+
+
+def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str], monkeypatch):
+    """Its service is stopped in its tracks: nothing answers, nothing fails, and the run goes on."""
+    monkeypatch.delenv("WANDB_MODE")
+    run = frozen(config(*TINY, *small_corpus, "parallel=single", "budget.tokens=1500k", "track.every=1"))
+    worker = start(run)
+    service = None
+    try:
+        wait_for_step(run, 5)
+        rank = next(pid for pid, number in processes_of(run).items() if number == "0")
+        while service is None:
+            service = next((pid for pid in children_of(rank) if "wandb-core" in command_of(pid)), None)
+            assert worker.poll() is None
+        os.kill(service, signal.SIGSTOP)
+        stopped_at = run.last_row()["step"]
+        wait_for_step(run, stopped_at + 1200)  # far more rows than any buffer between them holds
+    finally:
+        worker.terminate()
+        worker.communicate(timeout=60)
+        if service:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(service, signal.SIGKILL)
+    assert "misses rows" in (run.logs / "attempt-1.rank-0.log").read_text()
+
+
+def children_of(pid: int) -> list[int]:
+    return [
+        int(child)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in path.read_text().split()
+    ]
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
