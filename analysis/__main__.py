@@ -17,7 +17,18 @@ from pipeline.store import home
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: written. 1: written, but no run has finished. 2: the request is wrong."""
+    """0: written. 1: written, but no run has finished or nobody reads the output. 2: the request is wrong."""
+    try:
+        try:
+            return _report(arguments)
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be caught
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _report(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
         report = build(load_sweep(options.sweep), options.baseline, time.time())
@@ -55,9 +66,9 @@ def _screen(report: Report, paths: Sequence[Path]) -> list[str]:
     lines += [f"  {comparison.sentence}" for comparison in report.comparisons]
     lines += [f"  Note: {caution}" for caution in report.cautions]
     lines += ["", *(f"  {_relative(path)}" for path in paths), ""]
-    if report.unfinished:
-        done = f"{len(report.finished)} of {len(report.sweep.runs)} runs finished"
-        return [*lines, f"{done}. Next, the missing ones:", f"  {report.resume}"]
+    if report.resume:
+        done = f"{len(report.finished)} of {len(report.runs)} runs finished"
+        return [*lines, f"{done}. Next, the missing ones:", *(f"  {command}" for command in report.resume)]
     return [*lines, "Next, read it:", f"  python -m webbrowser {_relative(paths[0])}"]
 
 

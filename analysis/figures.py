@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import vl_convert
 
@@ -18,6 +19,7 @@ from analysis.curves import MEDIAN_SHARE, SMOOTHING, Dataset, Resample
 from analysis.load import Sweep
 from analysis.look import Spec
 from analysis.panels import Axis, Panel
+from analysis.statistics import Estimate
 from analysis.summary import Schedule
 
 VEGA_LITE = "6.4"
@@ -109,7 +111,7 @@ def _training(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Fi
         "Training loss",
         f"{_MEANS}, as recorded. The means are averaged over windows of {SMOOTHING:.0%} of the axis. "
         "Logarithmic; the first steps lie above the frame.",
-        f"Training loss over tokens, optimizer steps and training time. {_ends(schedules)}",
+        f"Training loss over tokens, optimizer steps and training time. {_ends(schedules, 'train_loss')}",
         [panels.curve_panel("training", axis, quantity, _labels(schedules)) for axis in axes],
     )
 
@@ -154,12 +156,13 @@ def _noise(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Figur
     )
 
 
-def _ends(schedules: _Schedules) -> str:
+def _ends(schedules: _Schedules, quantity: Literal["val_loss", "train_loss"] = "val_loss") -> str:
     """Where each schedule ends: the figure in words."""
+    ends: dict[str, Estimate | None] = {s.label: getattr(s, quantity) for s in schedules}
     return "; ".join(
         f"{s.label}: no finished run"
-        if s.val_loss is None
-        else f"{s.label}: {text.with_interval(s.val_loss.mean, s.val_loss.half_width)} after "
+        if (end := ends[s.label]) is None
+        else f"{s.label}: {text.with_interval(end.mean, end.half_width)} after "
         f"{text.count(s.mean('steps'))} steps"
         for s in schedules
     )

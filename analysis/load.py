@@ -36,7 +36,8 @@ COLUMNS = (
 RECORD = {"point": pl.Int64, **{column: pl.Float64 for column in COLUMNS}}
 
 # INVALID: the point was refused. MISSING: nothing was started. UNREADABLE: the files are damaged or foreign.
-PointState = State | Literal["INVALID", "MISSING", "UNREADABLE"]
+# INTERRUPTED: it says that it is running, but no process holds it.
+PointState = State | Literal["INVALID", "MISSING", "UNREADABLE", "INTERRUPTED"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Run:
     problem: str | None
     config: Config | None
     status: Status | None
+    command: list[str]  # that asked for it last
 
     @property
     def seed(self) -> str:
@@ -83,13 +85,14 @@ def load_sweep(name: str) -> Sweep:
     """The sweep of this name in home(). Raises ConfigError with the nearest name when there is none."""
     manifest = _read_manifest(name)
     runs, tables = [], []
+    command = [str(word) for word in manifest["command"]]
     for number, point in enumerate(_distinct(manifest["points"])):
-        run, rows = _load_point(number, point)
+        run, rows = _load_point(number, point, command)
         runs.append(run)
         tables.append(record_table(number, rows))
     return Sweep(
         name=str(manifest["name"]),
-        command=[str(word) for word in manifest["command"]],
+        command=command,
         created=manifest.get("created"),
         axes=[str(axis) for axis in manifest["axes"]],
         common={str(key): str(value) for key, value in manifest.get("common", {}).items()},
@@ -119,6 +122,9 @@ def _read_manifest(name: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not a manifest: {error}") from None
     if missing := [key for key in ("name", "command", "axes", "points") if key not in manifest]:
         raise ConfigError(f"{path}: not a manifest: {', '.join(missing)} missing")
+    for number, point in enumerate(manifest["points"]):
+        if missing := [key for key in ("run", "axes") if key not in point]:
+            raise ConfigError(f"{path}: not a manifest: {' and '.join(missing)} missing in point {number}")
     return manifest
 
 
@@ -141,13 +147,15 @@ def _distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _load_point(number: int, point: dict[str, Any]) -> tuple[Run, list[Row]]:
+def _load_point(number: int, point: dict[str, Any], last: list[str]) -> tuple[Run, list[Row]]:
+    """`last`: the manifest's own command, for points written before each had one."""
     axes = {str(axis): str(value) for axis, value in point["axes"].items()}
+    command = [str(word) for word in point.get("command") or last]
     if point["run"] is None:
-        return Run(number, None, axes, "INVALID", point.get("problem"), None, None), []
+        return Run(number, None, axes, "INVALID", point.get("problem"), None, None, command), []
     directory = RunDirectory(home() / "runs" / point["run"])
     if not directory.config_file.exists():
-        return Run(number, directory.id, axes, "MISSING", None, None, None), []
+        return Run(number, directory.id, axes, "MISSING", None, None, None, command), []
     config, config_problem = _attempt(directory.config, directory.config_file)
     status, status_problem = _attempt(directory.status, directory.status_file)
     rows, rows_problem = _attempt(directory.rows, directory.metrics_file)
@@ -157,8 +165,10 @@ def _load_point(number: int, point: dict[str, Any]) -> tuple[Run, list[Row]]:
             unreadable or f"{directory.metrics_file.name} holds no training step, though the run is done"
         )
     state: PointState = "UNREADABLE" if unreadable else status.state if status else "MISSING"
+    if state == "RUNNING" and _attempt(directory.is_locked, directory.path)[0] is False:
+        state = "INTERRUPTED"  # it died without a word
     problem = unreadable or (status.error if status else None)
-    return Run(number, directory.id, axes, state, problem, config, status), rows or []
+    return Run(number, directory.id, axes, state, problem, config, status, command), rows or []
 
 
 T = TypeVar("T")

@@ -248,9 +248,9 @@ def logarithmic(
 
 
 def _log_axis(low: float, high: float, base: int) -> Spec:
-    """Ticks at the powers of two, or at 1, 2 and 5 times the powers of ten; Vega's own if few."""
+    """Ticks at the powers of two, or at 1, 2, 3 and 5 times the powers of ten; Vega's own if few."""
     exponents = range(math.floor(math.log(low, base)), math.ceil(math.log(high, base)) + 1)
-    ticks = [m * float(base) ** k for k in exponents for m in ((1,) if base == 2 else (1, 2, 5))]
+    ticks = [m * float(base) ** k for k in exponents for m in ((1,) if base == 2 else (1, 2, 3, 5))]
     inside = [tick for tick in ticks if low <= tick <= high]
     if len(inside) < 2:
         return {"labelExpr": _SI, "tickCount": 6}

@@ -49,24 +49,40 @@ class Report:
     datasets: dict[str, Dataset]
 
     @property
+    def runs(self) -> list[Run]:
+        """All that count or are to come: without the superseded."""
+        return sorted((run for s in self.schedules for run in s.runs), key=lambda run: run.point)
+
+    @property
     def finished(self) -> list[Run]:
-        return [run for run in self.sweep.runs if run.state == "DONE"]
+        return [run for run in self.runs if run.state == "DONE"]
 
     @property
     def unfinished(self) -> list[Run]:
-        return [run for run in self.sweep.runs if run.state != "DONE"]
+        return [run for run in self.runs if run.state != "DONE"]
 
     @property
     def labels(self) -> list[str]:
         return [schedule.label for schedule in self.schedules]
 
     @property
-    def resume(self) -> str:
-        """The sweep's own command: issued again, it does only what is missing."""
-        return shlex.join(self.sweep.command)
+    def commands(self) -> list[str]:
+        """All that asked for points of the sweep, which may have grown by several."""
+        return _joined(self.sweep.runs) or [shlex.join(self.sweep.command)]
+
+    @property
+    def resume(self) -> list[str]:
+        """The commands that asked for what is missing: issued again, they do no more than that.
+
+        A refused point would be refused again.
+        """
+        return _joined([run for run in self.unfinished if run.state != "INVALID"])
 
     def label_of(self, run: Run) -> str:
-        return next(s.label for s in self.schedules if run in s.runs)
+        return next(s.label for s in self.schedules if run in s.runs or run in s.superseded)
+
+    def state_of(self, run: Run) -> str:
+        return "SUPERSEDED" if any(run in s.superseded for s in self.schedules) else run.state
 
     def numbers_of(self, run: Run) -> RunNumbers | None:
         return self.numbers.get(run.point)
@@ -76,6 +92,11 @@ class Report:
 
     def is_baseline(self, schedule: Schedule) -> bool:
         return is_baseline(schedule, self.baseline)
+
+
+def _joined(runs: Sequence[Run]) -> list[str]:
+    """The distinct commands of the runs, as typed."""
+    return list(dict.fromkeys(shlex.join(run.command) for run in runs))
 
 
 def build(sweep: Sweep, baseline: Sequence[str], written: float) -> Report:
@@ -114,7 +135,7 @@ def _run_row(report: Report, run: Run) -> dict[str, Any]:
         "run": run.id,
         **{axis: run.axes.get(axis) for axis in report.sweep.axes},
         "schedule": report.label_of(run),
-        "state": run.state,
+        "state": report.state_of(run),
         "attempt": status.attempt if status else None,
         "budget_tokens": run.config.budget_tokens if run.config else None,
         **{field: getattr(numbers, field, None) for field in RunNumbers.__dataclass_fields__},
@@ -160,7 +181,8 @@ def to_json(report: Report) -> dict[str, Any]:
         "command": report.sweep.command,
         "written": report.written,
         "finished": len(report.finished),
-        "runs_in_all": len(report.sweep.runs),
+        "runs_in_all": len(report.runs),
+        "resume": report.resume,
         "headline": report.headline,
         "verdicts": [comparison.sentence for comparison in report.comparisons],
         "cautions": report.cautions,

@@ -35,13 +35,14 @@ class RunNumbers:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The runs that differ in nothing but their seed. Means are over the runs that finished."""
+    """The runs that differ in nothing but their seed. Means are over the runs that finished, one per seed."""
 
     label: str
     axes: dict[str, str]
     settings: dict[str, str]  # of the batch group, where schedules differ
     rest: str | None  # every other setting that decides a result, to tell like from unlike
-    runs: list[Run]
+    runs: list[Run]  # that count or are to come
+    superseded: list[Run]  # by a newer finished run of the same seed: they count nowhere
     numbers: dict[int, RunNumbers]  # by point, finished runs only
     val_loss: Estimate | None
     train_loss: Estimate | None
@@ -153,10 +154,36 @@ def _fingerprint(config: Config, *without: str) -> str:
     return json.dumps(settings, sort_keys=True)
 
 
+def _superseded(runs: Sequence[Run]) -> list[Run]:
+    """The runs that are no newer than a finished one of the same seed.
+
+    A sweep asked for again after ids changed holds a seed under two ids. Both together are still one seed: as
+    two they would narrow every interval without having measured anything more.
+    """
+    newest: dict[str, Run] = {}
+    for run in runs:
+        if run.state == "DONE" and (run.seed not in newest or _changed(run) > _changed(newest[run.seed])):
+            newest[run.seed] = run
+    return [
+        run
+        for run in runs
+        if run.state not in ("INVALID", "UNREADABLE")
+        and run.seed in newest
+        and _changed(run) < _changed(newest[run.seed])
+    ]
+
+
+def _changed(run: Run) -> tuple[float, int]:
+    """Grows with the time of the last change; of two equals the one later in the manifest is newer."""
+    return (run.status.updated if run.status else None) or 0.0, run.point
+
+
 def _schedule(
     label: str, settings: dict[str, str], runs: list[Run], numbers: Mapping[int, RunNumbers]
 ) -> Schedule:
-    finished = {run.point: numbers[run.point] for run in runs if run.state == "DONE" and run.point in numbers}
+    superseded = _superseded(runs)
+    kept = [run for run in runs if run not in superseded]
+    finished = {run.point: numbers[run.point] for run in kept if run.state == "DONE" and run.point in numbers}
     losses = [n.val_loss for n in finished.values() if n.val_loss is not None]
     config = next((run.config for run in runs if run.config), None)
     return Schedule(
@@ -164,7 +191,8 @@ def _schedule(
         axes=_setting(runs),
         settings=settings,
         rest=_fingerprint(config, "batch") if config else None,
-        runs=runs,
+        runs=kept,
+        superseded=superseded,
         numbers=finished,
         val_loss=estimate(losses),
         train_loss=estimate([n.train_loss for n in finished.values() if n.train_loss is not None]),

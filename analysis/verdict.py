@@ -72,11 +72,19 @@ def parse_baseline(requests: Sequence[str], schedules: Sequence[Schedule]) -> di
 
 
 def default_baseline(schedules: Sequence[Schedule]) -> dict[str, str]:
-    """The first constant batch, else the first schedule; {} when there is nothing to compare."""
-    constant = (s.axes["batch"] for s in schedules if s.axes.get("batch", "").startswith("constant"))
-    if batch := next(constant, None):
-        return {"batch": batch}
-    return dict(schedules[0].axes) if schedules else {}
+    """The batch of the first constant schedule, else of the first; {} when there is nothing to compare.
+
+    Its other axes are left out, so that each model and each budget has a baseline of its own, unless nothing
+    of the batch varies.
+    """
+    if not schedules:
+        return {}
+    axes = next(
+        (s.axes for s in schedules if s.axes.get("batch", "").startswith("constant")), schedules[0].axes
+    )
+    batch = {axis: value for axis, value in axes.items() if axis.split(".")[0] == "batch"}
+    varies = any(not is_baseline(schedule, batch) for schedule in schedules)
+    return batch if varies else dict(axes)
 
 
 def is_baseline(schedule: Schedule, baseline: dict[str, str]) -> bool:
@@ -272,6 +280,12 @@ def cautions(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
         notes.append(
             "Numbered schedules, (1) and (2), have the same axes but ran under different settings; each is "
             "compared with the baseline of its own settings."
+        )
+    superseded = sum(len(s.superseded) for s in schedules)
+    if superseded:
+        one, many = "1 run is superseded by a newer one", f"{superseded} runs are superseded by newer ones"
+        notes.append(
+            f"{one if superseded == 1 else many} of the same schedule and seed: each seed counts only once."
         )
     unfinished = sum(len(s.runs) - len(s.finished) for s in schedules)
     if unfinished and any(s.finished for s in schedules):

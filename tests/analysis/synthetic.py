@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,29 @@ def write_sweep(name: str, points: Sequence[Point], common: Sequence[str] = ("ex
     folder = home() / "sweeps" / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rerun(name: str, run: str, rows: Sequence[Row] | None, state: State, updated: float) -> str:
+    """Adds a point that is `run` again under another id, as after a change of what the id is made of."""
+    again = RunDirectory(home() / "runs" / f"{run}again")
+    shutil.copytree(home() / "runs" / run, again.path)
+    if rows is not None:
+        again.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again.status_file.write_text(json.dumps(vars(again.status()) | {"state": state, "updated": updated}))
+    path = home() / "sweeps" / name / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (point,) = (point for point in manifest["points"] if point["run"] == run)
+    manifest["points"].append({**point, "run": again.id})
+    path.write_text(json.dumps(manifest))
+    return again.id
+
+
+def command_of(name: str, number: int, *words: str) -> None:
+    """Makes these words the command that asked for a point last."""
+    path = home() / "sweeps" / name / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["points"][number]["command"] = ["python", "-m", "pipeline", *words]
+    path.write_text(json.dumps(manifest))
 
 
 _config = functools.cache(config)  # composing takes a while

@@ -4,9 +4,11 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ from analysis import curves, figures, look, panels
 from analysis.__main__ import main
 from analysis.load import load_sweep
 from analysis.report import build, render, render_html, to_json
-from tests.analysis.synthetic import Point, pairs, realistic, realistic_run, short_run, write_sweep
+from tests.analysis.synthetic import (
+    Point,
+    command_of,
+    pairs,
+    realistic,
+    realistic_run,
+    rerun,
+    short_run,
+    write_sweep,
+)
 from tests.support import ROOT
 
 MINUS = "\N{MINUS SIGN}"
@@ -156,7 +167,7 @@ def test_failed_and_refused_runs_are_listed_with_the_way_on(demo: Path, content:
     failed, refused = cells(text, "Not finished")
     assert failed["state"] == "FAILED" and failed["problem"] == r"RuntimeError: &lt;b>full&lt;/b> \| disk"
     assert refused["state"] == "INVALID" and "batch.size=6" in refused["problem"]
-    assert "`python -m pipeline -m experiment=demo batch=constant_16," in text
+    assert "\n    python -m pipeline -m experiment=demo batch=constant_16," in text
     assert "8 of 10 runs finished" in text
     assert content["finished"] == 8 and content["runs_in_all"] == 10
     page = (demo / "report.html").read_text()
@@ -270,6 +281,22 @@ def test_figures_are_valid_and_one_schedule_looks_the_same_everywhere(home: Path
     ]
 
 
+def test_a_figure_is_described_by_its_own_quantity(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0]}, constant_16={"train_loss": 3.25}))
+    words = {figure.name: figure.alternative for figure in build(load_sweep("s"), [], 0.0).figures}
+    assert words["validation_loss"].endswith("constant_16: 2.000 after 4 steps")
+    assert words["training_loss"].endswith("constant_16: 3.250 after 4 steps")
+
+
+def test_the_trade_has_ticks_all_along_its_steps(home: Path) -> None:
+    steps = {"constant_64": 98, "norm_test": 195, "constant_16": 391}
+    points = pairs({batch: [2.0] for batch in steps}, **{b: {"steps": n} for b, n in steps.items()})
+    write_sweep("s", points)
+    trade = build(load_sweep("s"), [], 0.0).figures[0]
+    x = trade.panels[0].spec["layer"][0]["encoding"]["x"]
+    assert x["axis"]["values"] == [100, 200, 300]
+
+
 @pytest.mark.parametrize(
     ("seconds", "title", "ticks"),
     [
@@ -376,6 +403,82 @@ def test_nothing_finished_is_a_report_and_exit_1(home: Path, capsys: pytest.Capt
     text = (home / "reports/s/report.md").read_text()
     assert "No run has finished, so there is nothing to compare yet." in text and "out of memory" in text
     assert (home / "reports/s/figures/training_loss.png").exists()
+
+
+@pytest.mark.usefixtures("no_images")
+def test_the_missing_runs_are_asked_for_by_their_own_commands(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = pairs({"constant_16": [2.0], "norm_test": [2.1], "stages": [2.2], "constant_64": [2.3]})
+    points[1].state = points[2].state = points[3].state = "FAILED"
+    points.append(Point({"batch": "constant_6", "seed": "0"}, problem="batch.size=6: too small"))
+    write_sweep("s", points)
+    for number, words in enumerate(["batch=constant_16", "batch=norm_test,stages", "batch=norm_test,stages"]):
+        command_of("s", number, "-m", words)
+    command_of("s", 4, "-m", "batch=constant_6")
+    manifest = json.loads((home / "sweeps/s/manifest.json").read_text())
+    last = " ".join(manifest["command"])  # of the point that names none
+    start = "python -m pipeline -m batch="
+    assert main(["s"]) == 0
+    shown = capsys.readouterr().out
+    assert f"1 of 5 runs finished. Next, the missing ones:\n  {start}norm_test,stages\n  {last}\n" in shown
+    assert shown.endswith(f"  {last}\n")
+    text = (home / "reports/s/report.md").read_text()
+    assert f"To continue them:\n\n    {start}norm_test,stages\n    {last}\n" in text
+    body, footer = (home / "reports/s/report.html").read_text().split("<footer")
+    commands = [re.findall(r'<code class="command"[^>]*>(.*)</code>', part) for part in (body, footer)]
+    assert commands == [
+        [f"{start}norm_test,stages", last],
+        [f"{start}constant_16", f"{start}norm_test,stages", last, f"{start}constant_6"],
+    ]
+
+
+@pytest.mark.usefixtures("no_images")
+def test_refused_runs_are_not_asked_for_again(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused = Point({"batch": "constant_6", "seed": "0"}, problem="batch.size=6: too small")
+    write_sweep("s", [*pairs({"constant_16": [2.0]}), refused])
+    assert main(["s"]) == 0
+    shown = capsys.readouterr().out
+    assert "python -m pipeline" not in shown and "Next, read it:" in shown
+    for name in ("report.md", "report.html"):
+        assert "To continue them" not in (home / "reports/s" / name).read_text()
+
+
+@pytest.mark.usefixtures("no_images")
+def test_superseded_runs_are_listed_and_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0, 2.1], "norm_test": [2.1, 2.3]}))
+    runs = [str(run.id) for run in load_sweep("s").runs]
+    for run in runs:
+        rerun("s", run, None, "DONE", time.time() + 60)
+    assert main(["s", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [run["run"] for run in found["runs"] if run["state"] == "SUPERSEDED"] == runs
+    assert (found["finished"], found["runs_in_all"]) == (4, 4)
+    note = "4 runs are superseded by newer ones of the same schedule and seed: each seed counts only once."
+    assert note in found["cautions"]
+    assert "2 seeds)" in found["headline"] and found["comparisons"][0]["seeds"] == ["0", "1"]
+    text = (home / "reports/s/report.md").read_text()
+    assert [row["state"] for row in cells(text, "Runs")] == ["SUPERSEDED"] * 4 + ["DONE"] * 4
+    assert "4 of 4 runs finished" in text and "Not finished" not in text
+    assert (home / "reports/s/report.html").read_text().count('<td class="text">SUPERSEDED</td>') == 4
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_left_is_no_error(
+    home: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], unbuffered: str
+) -> None:
+    """Unbuffered, the first line fails; else what is left to write at the end does."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, "-m", "analysis", "s", *options]
+        done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
 
 
 @pytest.mark.usefixtures("no_images")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from analysis.summary import run_numbers, summarise
 from pipeline.config import ConfigError
 from pipeline.store import Row, RunDirectory
 from pipeline.store import home as crescendo_home
-from tests.analysis.synthetic import Point, pairs, short_run, train_row, val_row, write_sweep
+from tests.analysis.synthetic import Point, pairs, rerun, short_run, train_row, val_row, write_sweep
 
 
 def numbers_of(rows: list[Row]) -> dict[str, float | None]:
@@ -73,7 +75,7 @@ def test_every_point_is_kept_with_its_state(home: Path) -> None:
         "DONE",
         "FAILED",
         "MISSING",
-        "RUNNING",
+        "INTERRUPTED",
         "UNREADABLE",
         "INVALID",
     ]
@@ -134,3 +136,54 @@ def test_a_damaged_manifest_is_named(home: Path) -> None:
     (home / "sweeps/demo/manifest.json").write_text('{"name": "demo"')
     with pytest.raises(ConfigError, match="not a manifest"):
         load_sweep("demo")
+
+
+@pytest.mark.parametrize("missing", ["run", "axes"])
+def test_a_point_without_what_it_needs_is_named(home: Path, missing: str) -> None:
+    write_sweep("demo", pairs({"constant_16": [2.0, 2.1]}))
+    path = home / "sweeps/demo/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["points"][1][missing]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ConfigError) as caught:
+        load_sweep("demo")
+    assert caught.value.problems == (f"{path}: not a manifest: {missing} missing in point 1",)
+
+
+def test_a_run_is_running_only_while_someone_holds_it(home: Path) -> None:
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, short_run(2.0)[:1], "RUNNING")])
+    (run,) = load_sweep("s").runs
+    assert run.state == "INTERRUPTED"
+    with RunDirectory(home / "runs" / str(run.id)).lock():
+        assert load_sweep("s").runs[0].state == "RUNNING"
+
+
+# --- the same seed under two ids -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("later", "loss"), [(60, 3.0), (-60, 2.0)])
+def test_of_two_finished_runs_of_a_seed_the_newest_counts(home: Path, later: float, loss: float) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0, 2.5]}))
+    old = load_sweep("s").runs[0]
+    new = rerun("s", str(old.id), short_run(3.0), "DONE", time.time() + later)
+    sweep = load_sweep("s")
+    (schedule,) = summarise(sweep, run_numbers(sweep.record))
+    assert schedule.val_loss is not None and schedule.train_loss is not None
+    assert schedule.val_loss.n == schedule.train_loss.n == 2
+    assert schedule.by_seed("val_loss") == {"0": loss, "1": 2.5}
+    assert schedule.val_loss.mean == (loss + 2.5) / 2
+    assert [run.id for run in schedule.superseded] == [old.id if later > 0 else new]
+    assert len(schedule.runs) == len(schedule.finished) == 2
+
+
+@pytest.mark.parametrize(("later", "superseded"), [(60, 0), (-60, 1)])
+def test_an_unfinished_run_is_superseded_by_a_newer_finished_one_only(
+    home: Path, later: float, superseded: int
+) -> None:
+    """An older one will never be asked for again; a newer one was asked for and is to come."""
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    rerun("s", str(load_sweep("s").runs[0].id), short_run(9.0)[:2], "FAILED", time.time() + later)
+    sweep = load_sweep("s")
+    (schedule,) = summarise(sweep, run_numbers(sweep.record))
+    assert len(schedule.superseded) == superseded and len(schedule.finished) == 1
+    assert schedule.val_loss is not None and schedule.val_loss.mean == 2.0

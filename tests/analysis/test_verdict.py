@@ -232,3 +232,31 @@ def test_the_same_axes_under_an_edited_configuration_are_two_schedules(home: Pat
     gaps = [c.difference.mean for c in found.comparisons if c.difference]
     assert gaps == pytest.approx([0.1, 0.5])
     assert any(note.startswith("Numbered schedules") for note in found.cautions)
+
+
+# --- baselines beside other axes -------------------------------------------------------------------------
+
+
+def test_the_default_baseline_is_one_for_each_model(home: Path) -> None:
+    points = [
+        Point({"model": model, "batch.size": size, "seed": "0"}, short_run(loss))
+        for model, size, loss in (
+            ("tiny", "8", 3.0),
+            ("tiny", "16", 3.1),
+            ("10m", "8", 2.0),
+            ("10m", "16", 2.2),
+        )
+    ]
+    found = report(points, common=("experiment=demo", "batch=constant_16"))
+    assert found.baseline == {"batch.size": "8"}
+    assert [(c.schedule, c.baseline) for c in found.comparisons] == [
+        ("tiny · size=16", "tiny · size=8"),
+        ("10m · size=16", "10m · size=8"),
+    ]
+
+
+def test_where_nothing_of_the_batch_varies_the_first_schedule_is_the_baseline(home: Path) -> None:
+    points = [Point({"model": m, "seed": "0"}, short_run(loss)) for m, loss in (("tiny", 3.0), ("10m", 2.0))]
+    found = report(points, common=("experiment=demo", "batch=constant_16"))
+    assert found.baseline == {"model": "tiny"}
+    assert [(c.schedule, c.baseline) for c in found.comparisons] == [("10m", "tiny")]
