@@ -13,7 +13,7 @@ from pathlib import Path
 from analysis.load import load_sweep
 from analysis.report import Report, build, to_json, write
 from pipeline.config import ConfigError
-from pipeline.store import home
+from pipeline.store import home, python
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def _screen(report: Report, paths: Sequence[Path]) -> list[str]:
     if report.resume:
         done = f"{len(report.finished)} of {len(report.runs)} runs finished"
         return [*lines, f"{done}. Next, the missing ones:", *(f"  {command}" for command in report.resume)]
-    return [*lines, "Next, read it:", f"  python -m webbrowser {_relative(paths[0])}"]
+    return [*lines, "Next, read it:", f"  {python()} -m webbrowser {_relative(paths[0])}"]
 
 
 def _relative(path: Path) -> str:

@@ -6,6 +6,7 @@ Hydra imports this module at every start, so it imports nothing that takes time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -50,6 +51,11 @@ class LocalLauncher(_Launcher):
         return local.launch(jobs, compose)
 
 
+def _launchers() -> list[str]:
+    options = Path(__file__).resolve().parents[1] / "conf" / "hydra" / "launcher"
+    return sorted(option.stem for option in options.glob("*.yaml"))
+
+
 class ProductSweeper(BasicSweeper):
     """Hydra's grammar for sweeps. Unlike its parent it composes nothing itself (the launcher composes every
     point anyway) and writes no multirun.yaml (the manifest of the sweep holds more)."""
@@ -58,13 +64,25 @@ class ProductSweeper(BasicSweeper):
         super().__init__(max_batch_size=None, params=params)
 
     def sweep(self, arguments: list[str]) -> Any:
-        assert self.hydra_context is not None and self.launcher is not None
+        assert self.hydra_context is not None and self.launcher is not None and self.config is not None
+        if not isinstance(self.launcher, _Launcher):  # it would train without a plan and a manifest
+            chosen = self.config.hydra.runtime.choices["hydra/launcher"]
+            raise ConfigError(
+                f"hydra/launcher={chosen}: runs no sweeps here. Allowed: {', '.join(_launchers())}"
+            )
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides([*self._parse_config(), *arguments])
         for override in overrides:
-            if override.is_sweep_override() and not override.is_discrete_sweep():
+            if not override.is_sweep_override():
+                continue
+            if not override.is_discrete_sweep():
                 raise ConfigError(
                     f"{override.input_line}: not a list of values. Allowed: a,b,c and range(start,stop,step)"
+                )
+            if not any(True for _ in override.sweep_string_iterator()):
+                raise ConfigError(
+                    f"{override.input_line}: gives no value, so there is nothing to run. glob(…) matches "
+                    f"the options of a group, as in batch=glob(*)"
                 )
         (jobs,) = self.split_arguments(overrides, max_batch_size=None)
         return self.launcher.launch(jobs, initial_job_idx=0)

@@ -21,6 +21,7 @@ from launchers.preview import EXCUSES, show_heading, show_invalid
 from launchers.screen import conclude, screen
 from launchers.table import make_console, progress, say, tally
 from pipeline.config import Config
+from pipeline.worker import threads_per_rank
 
 POLL_S = 0.1
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
@@ -58,7 +59,7 @@ def run_plan(plan: Plan, command: Command = worker_command) -> int:
                 view.update(sweep.states, sweep.advance())
                 time.sleep(POLL_S)
         finally:  # whatever happened above, no worker outlives this process
-            changed = sweep.stop(stop)
+            changed = [*sweep.stop(stop), *sweep.look_elsewhere()]
             view.update(sweep.states, changed, last=True)
     conclude(console, plan, sweep.states, stop.number)
     if stop.number:
@@ -75,7 +76,7 @@ class Worker:
 
 class LocalSweep:
     """The workers of one sweep. `states` says for each run: waiting, running, done, failed, cancelled or
-    elsewhere (another process holds it)."""
+    elsewhere (another process holds it); at the end also the state that another process left behind."""
 
     def __init__(self, plan: Plan, command: Command) -> None:
         self._plan, self._command = plan, command
@@ -123,15 +124,25 @@ class LocalSweep:
             self._settle(worker, "CANCELLED")
         return [worker.point for worker in workers]
 
+    def look_elsewhere(self) -> list[Point]:
+        """Takes the states that runs held by other processes have come to. The points that changed."""
+        changed = []
+        for point in self._plan.valid:
+            run = run_of(point)
+            left = state(point)
+            if self.states[run] == "elsewhere" and left != "running":
+                self.states[run] = "waiting" if left == "new" else left
+                manifest.link_wandb(self._plan.name, run)
+                changed.append(point)
+        return changed
+
     @property
     def _limit(self) -> int:
         return _config(self._plan.valid[0]).launch.max_parallel
 
     def _start(self, point: Point) -> None:
         run, config = point.directory, _config(point)
-        threads = config.launch.cpus_per_task or max(
-            1, len(os.sched_getaffinity(0)) // (self._limit * config.parallel.world_size)
-        )
+        threads = threads_per_rank(config, self._limit)
         run.logs.mkdir(parents=True, exist_ok=True)
         log = open(run.logs / "launcher.log", "ab")  # noqa: SIM115 - closed when the worker has ended
         process = subprocess.Popen(

@@ -1,9 +1,11 @@
 """sweeps/<name>/: which runs belong to a sweep, and their wandb files side by side.
 
-    manifest.json  name, created, command, axes, common, points: [{run, axes, overrides, problem}]
+    manifest.json  name, created, command, axes, common, points: [{run, axes, overrides, problem, command}]
     wandb/         relative links to runs/<id>/wandb/offline-run-*, for wandb leet and wandb sync
 
-A manifest only grows: the same command again, or another with the same sweep.name, adds its points.
+A manifest only grows: the same command again, or another with the same sweep.name, adds its points. The
+command of the manifest is the last one; that of a point is the last that asked for the point, so that the
+commands of all points together give the whole sweep again.
 """
 
 from __future__ import annotations
@@ -35,16 +37,29 @@ def read(sweep: str) -> Manifest | None:
     return manifest
 
 
+def holds(plan: Plan) -> bool:
+    """Whether the sweep's manifest lists every valid point of the plan."""
+    listed = {point["run"] for point in (read(plan.name) or {"points": []})["points"]}
+    return all(point.run in listed for point in plan.valid)
+
+
 def write(plan: Plan) -> None:
     """Writes the plan into the sweep's manifest, beside the points that earlier commands put there."""
+    command = command_line()
     manifest = {
         "name": plan.name,
         "created": int(time.time()),
-        "command": command_line(),
+        "command": command,
         "axes": plan.axes,
         "common": plan.common,
         "points": [
-            {"run": p.run, "axes": p.axes, "overrides": p.overrides, "problem": p.problem}
+            {
+                "run": p.run,
+                "axes": p.axes,
+                "overrides": p.overrides,
+                "problem": p.problem,
+                "command": command,
+            }
             for p in plan.points
         ],
     }

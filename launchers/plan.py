@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from pipeline.config import Config, ConfigError, typed
 from pipeline.identity import complete, run_id
-from pipeline.store import RunDirectory, home
+from pipeline.store import RunDirectory, home, python
 
 Compose = Callable[[Sequence[str]], DictConfig]
 PointState = Literal["new", "running", "done", "failed", "cancelled", "preempted", "interrupted", "invalid"]
@@ -60,6 +60,7 @@ def make_plan(jobs: Iterable[Sequence[str]], compose: Compose) -> Plan:
     """Composes every job. One whose values cannot work together becomes an invalid point; a misspelt key or
     option or a wrong type raises, because it is a mistake whatever the other values are."""
     points = [_point(list(overrides), compose(overrides)) for overrides in jobs]
+    _refuse_several_names(points)
     axes, common = varying([point.overrides for point in points])
     for point in points:
         point.axes.update((key, value) for key, value in _values(point.overrides).items() if key in axes)
@@ -106,7 +107,7 @@ def freeze(plan: Plan) -> None:
 
 def command_line() -> list[str]:
     """The command that asked for this sweep."""
-    return ["python", "-m", "pipeline", *sys.argv[1:]]
+    return [python(), "-m", "pipeline", *sys.argv[1:]]
 
 
 def again(launcher: str | None = None) -> str:
@@ -115,6 +116,11 @@ def again(launcher: str | None = None) -> str:
     if launcher:
         words = [*(w for w in words if not w.startswith("hydra/launcher=")), f"hydra/launcher={launcher}"]
     return shlex.join(words)
+
+
+def compare(plan: Plan) -> str:
+    """The command to type for the report on the sweep."""
+    return shlex.join([python(), "-m", "analysis", plan.name])
 
 
 def _point(overrides: list[str], tree: DictConfig) -> Point:
@@ -144,6 +150,17 @@ def _merge_duplicates(points: list[Point]) -> list[Point]:
         agreed = {axis: value for axis, value in first.axes.items() if point.axes.get(axis) == value}
         merged[key] = dataclasses.replace(first, axes=agreed)
     return list(merged.values())
+
+
+def _refuse_several_names(points: Sequence[Point]) -> None:
+    """A name is no part of a run's result, so points that differ in it alone would silently become one."""
+    pairs = (override.lstrip("+").partition("=") for point in points for override in point.overrides)
+    names = list(dict.fromkeys(value for key, _, value in pairs if key == "sweep.name"))
+    if len(names) > 1:
+        raise ConfigError(
+            f"sweep.name={','.join(names)}: a sweep has one name, such as sweep.name={names[0]}; "
+            f"for several sweeps give the command once for each"
+        )
 
 
 def _sweep_name(points: list[Point], common: dict[str, str]) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from launchers.plan import Compose, Plan, Point, again, make_plan, state
+from launchers import manifest
+from launchers.plan import Compose, Plan, Point, again, compare, make_plan, state
 from launchers.table import (
     DASH,
     Column,
@@ -53,9 +54,9 @@ def launch(jobs: Sequence[Sequence[str]], compose: Compose) -> int:
     todo = [p for p, s in zip(plan.points, states, strict=True) if s not in ("done", "running", "invalid")]
     say(console, f"{tally(states, EXCUSES)}. Nothing was written.")
     say(console, *_estimate(todo, rates))
-    if plan.valid and not todo:
-        show_command(console, "compare", f"python -m analysis {plan.name}")
-    elif todo:
+    if plan.valid and not todo and manifest.holds(plan):
+        show_command(console, "compare", compare(plan))
+    elif plan.valid:  # also when all is done: running the sweep writes the manifest that compare needs
         show_command(console, "run", again("local"))
     return 2 if plan.invalid else 0
 

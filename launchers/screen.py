@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from launchers.plan import Plan, Point, again
+from launchers.plan import Plan, Point, again, compare
 from launchers.table import (
     Column,
     axis_columns,
@@ -29,7 +30,8 @@ from launchers.table import (
     table,
     tally,
 )
-from pipeline.store import RunDirectory, home
+from pipeline.config import Config
+from pipeline.store import Row, RunDirectory, home, python, read_rows
 
 REDRAW_S = 0.5
 LINE_S = 10.0  # between progress lines where there is no terminal
@@ -37,12 +39,14 @@ TRACEBACK_LINES = 6
 _TAIL_BYTES = 8192
 _ENOUGH_FOR_AN_ESTIMATE = 0.03  # share of the remaining tokens; before it, starting up dominates the speed
 
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+
 States = Mapping[str, str]  # run -> waiting, running, done, failed, cancelled, elsewhere
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, from its files. None: not known yet."""
+    """How far a run's current attempt has come, from its files. None: not known yet."""
 
     step: int
     tokens: int
@@ -50,31 +54,59 @@ class Progress:
     loss: float | None = None
     batch: int | None = None
     tokens_per_s: float | None = None
-    seconds: float | None = None  # since its last attempt began
+    seconds: float | None = None  # since the attempt began
+    attempt: int = 0  # 0: none has begun
 
 
-def read_progress(point: Point, state: str) -> Progress:
+def read_progress(point: Point, state: str, earlier: int = 0) -> Progress:
     """Of a finished run the speed of the whole and the batch it had come to: its last step is cut to the
-    budget and stands for neither."""
+    budget and stands for neither.
+
+    The first `earlier` attempts were there before the sweep. A run that waits or has just been started has
+    nothing of them yet: how much the next attempt takes over shows when it has begun.
+    """
     assert point.config
     status, row = point.directory.status(), point.directory.last_row()
     budget = point.config.budget_tokens
-    if status is None or not status.attempt:
+    begun = status is not None and status.attempt > (earlier if state in ("waiting", "running") else 0)
+    if status is None or not begun:
         return Progress(0, 0, budget)
+    if row and row["attempt"] != status.attempt and state != "done":
+        row = None
     end = time.time() if state == "running" else status.updated
     seconds = end - status.started if end and status.started else None
     if row is None:
-        return Progress(status.step, status.tokens_seen, budget, seconds=seconds)
+        return Progress(status.step, status.tokens_seen, budget, seconds=seconds, attempt=status.attempt)
     done = state == "done" and row["time"] > 0
     return Progress(
-        step=status.step,
-        tokens=status.tokens_seen,
+        step=row["step"],
+        tokens=row["tokens"],
         budget=budget,
         loss=row["train/loss"],
-        batch=math.ceil(row["batch/requested"]) if done else row["batch/size"],
+        batch=_whole_batch(row, point.config) if done else row["batch/size"],
         tokens_per_s=row["tokens"] / row["time"] if done else row["throughput/tokens_per_s"],
         seconds=seconds,
+        attempt=status.attempt,
     )
+
+
+def _whole_batch(row: Row, config: Config) -> int:
+    """The batch that this step would have had if the budget did not cut it. In sequences."""
+    multiple = config.batch_multiple
+    size: int = max(1, math.ceil(row["batch/requested"] / multiple)) * multiple
+    return min(size, config.batch_plan().largest)
+
+
+def tokens_at_begin(point: Point, attempt: int) -> int | None:
+    """The tokens that an attempt took over from its checkpoint; None before its first row. Its own work
+    starts there, and what an earlier attempt did beyond it is done again."""
+    assert point.config
+    rows = read_rows(point.directory.metrics_file)
+    first = next((row for row in rows if row["attempt"] == attempt), None)
+    if first is None:
+        return None
+    # The row of an evaluation stands where the attempt began, that of a step one step further.
+    return int(first["tokens"] - first.get("batch/size", 0) * point.config.data.sequence_length)
 
 
 class View:
@@ -85,7 +117,9 @@ class View:
         self.states: States = {}
         self.progress: dict[str, Progress] = {}
         self._begun = time.monotonic()
-        self._tokens_at_begin: int | None = None
+        statuses = {point.run or "": point.directory.status() for point in plan.valid}
+        self._earlier = {run: status.attempt if status else 0 for run, status in statuses.items()}
+        self._taken_over: dict[str, int | None] = {}  # of each run started here: tokens that it began with
 
     def update(self, states: States, changed: Sequence[Point], last: bool = False) -> None:
         raise NotImplementedError
@@ -96,9 +130,12 @@ class View:
         for point in self.plan.valid:
             run = point.run or ""
             if run not in self.progress or run in fresh or states[run] == "running":
-                self.progress[run] = read_progress(point, states[run])
-        if self._tokens_at_begin is None:
-            self._tokens_at_begin = self._tokens()
+                self.progress[run] = read_progress(point, states[run], self._earlier[run])
+                if states[run] == "running":
+                    self._taken_over.setdefault(run, None)
+                attempt = self.progress[run].attempt
+                if attempt > self._earlier[run] and self._taken_over.get(run, 0) is None:
+                    self._taken_over[run] = tokens_at_begin(point, attempt)
 
     @property
     def elapsed(self) -> float:
@@ -107,8 +144,12 @@ class View:
     def summary(self) -> list[str]:
         """`2 done, 1 running, 5 waiting` and `31% of 6.4M tokens, 24.1k tokens/s, 1:20 so far, 3:04 left`."""
         budget = sum(p.budget for p in self.progress.values())
-        tokens = self._tokens()
-        trained = tokens - (self._tokens_at_begin or 0)
+        tokens = sum(p.tokens for p in self.progress.values())
+        trained = sum(
+            max(0, self.progress[run].tokens - taken)
+            for run, taken in self._taken_over.items()
+            if taken is not None
+        )
         rate = trained / self.elapsed
         ahead = sum(
             p.budget - p.tokens
@@ -119,7 +160,7 @@ class View:
         if trained > 0:
             parts.append(f"{count(rate)} tokens/s")
         parts.append(f"{duration(self.elapsed)} so far")
-        if ahead and trained > _ENOUGH_FOR_AN_ESTIMATE * ahead:
+        if "running" in self.states.values() and trained > _ENOUGH_FOR_AN_ESTIMATE * ahead:
             parts.append(f"{duration(ahead / rate)} left")
         return [tally(self.states.values(), {}), ", ".join(parts)]
 
@@ -138,9 +179,6 @@ class View:
             Column("tok/s", [_or_blank(count, p.tokens_per_s) for p in progress], optional=1),
             Column("time", [_or_blank(duration, p.seconds) for p in progress], optional=4),
         ]
-
-    def _tokens(self) -> int:
-        return sum(p.tokens for p in self.progress.values())
 
 
 class LiveView(View):
@@ -180,11 +218,10 @@ class LineView(View):
         self.read(states, changed)
         for point in changed:
             self._print(self._line(point))
-        if due:
+        if due or last:
             self._print("; ".join(self.summary()))
             self._printed = time.monotonic()
         if last:
-            self._print("; ".join(self.summary()))
             self.console.print()
             self.console.print(table(self.rows(self.plan.valid), screen_width(self.console)), soft_wrap=True)
 
@@ -229,34 +266,48 @@ def conclude(console: Console, plan: Plan, states: States, signal_number: int | 
         say(console, f"Stopped by {cause}: {tally(states.values(), {})}.")
         show_command(console, "continue", again())
         return
-    if "failed" in states.values():
+    if {"failed", "cancelled", "preempted", "interrupted"} & set(states.values()):
         show_command(console, "retry", again())
     wandb = home() / "sweeps" / plan.name / "wandb"
     if any(wandb.glob("*")):
-        show_command(console, "browse", f"wandb leet {os.path.relpath(wandb)}")
+        show_command(console, "browse", shlex.join([python(), "-m", "wandb", "leet", os.path.relpath(wandb)]))
+    if elsewhere := [point.axes for point in plan.valid if states[point.run or ""] == "elsewhere"]:
+        runs = "1 run is" if len(elsewhere) == 1 else f"{len(elsewhere)} runs are"
+        names = f" ({names})" if (names := name_points(elsewhere)) else ""
+        say(console, f"{runs} still being run by another process{names}: compare again when it has ended.")
     if "done" in states.values():
-        show_command(console, "compare", f"python -m analysis {plan.name}")
+        show_command(console, "compare", compare(plan))
 
 
 def show_failures(console: Console, points: Sequence[Point]) -> None:
     """Each error once, whatever its numbers, with the runs it ended and the last words of the first."""
     errors: dict[str, list[Point]] = {}
     for point in points:
-        status = point.directory.status()
-        line = status.error if status and status.error else "the reason was not recorded"
-        errors.setdefault(re.sub(r"\d+", "0", line), []).append(point)
+        errors.setdefault(_NUMBER.sub("0", _error(point)), []).append(point)
     for alike in errors.values():
-        first = alike[0].directory
+        error = _error(alike[0])
         console.print()
         axes = name_points([point.axes for point in alike])
         say(console, f"{len(alike)} failed: {axes}", style="bold red")
-        status = first.status()
-        say(console, f"  {status.error if status else ''}")
-        log, lines = last_words(first)
+        say(console, f"  {error}")
+        log, lines = last_words(alike[0].directory)
         for line in lines:
+            if _repeats(line, error):
+                continue
             console.print(f"  │ {line}"[: screen_width(console)], soft_wrap=True)
         if log:
             say(console, f"  {os.path.relpath(log)}")
+
+
+def _error(point: Point) -> str:
+    status = point.directory.status()
+    return status.error if status and status.error else "the reason was not recorded"
+
+
+def _repeats(line: str, error: str) -> bool:
+    """Whether a line of a log says the error again: `some.module.ValueError: …` or `run …: FAILED: …`."""
+    said = re.sub(r"^(\w+\.)+(?=\w+(:|$))", "", line.strip())
+    return error in said or error.endswith(f": {said}")
 
 
 def last_words(run: RunDirectory) -> tuple[Path | None, list[str]]:

@@ -449,7 +449,7 @@ def _check_batch(config: Config) -> list[str]:
     schedule = batch_schedules.schedule_class(batch.schedule)
     if "size" in schedule.settings and batch.size < unit:
         problems.append(
-            f"batch.size={batch.size}: smaller than one micro-batch on every rank ({ranks} ranks × "
+            f"batch.size={batch.size}: smaller than one micro-batch on every rank (ranks {ranks} × "
             f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
         )
     problems += schedule.check(config)

@@ -14,7 +14,9 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +38,18 @@ _GLANCE_S = 0.2  # `is_locked` takes the lock for a moment; a taker waits that l
 def home() -> Path:
     """Where runs/, sweeps/, reports/ and corpora/ live: CRESCENDO_HOME, else the current directory."""
     return Path(os.environ.get("CRESCENDO_HOME") or ".").resolve()
+
+
+def python() -> str:
+    """What to type for the interpreter that runs now, which knows this project's packages.
+
+    The `python` that a shell finds may be another: after `make demo` it is not .venv/bin/python. A virtual
+    environment's python links to the one it was made from, so the directory tells them apart, not the file.
+    """
+    found, this = shutil.which("python"), Path(sys.executable)
+    if found and os.path.samefile(found, this) and os.path.samefile(Path(found).parent, this.parent):
+        return "python"
+    return str(this.relative_to(Path.cwd()) if this.is_relative_to(Path.cwd()) else this)
 
 
 def write_atomically(path: Path, text: str) -> None:

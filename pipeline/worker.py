@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from pipeline.config import Config, ConfigError, check
-from pipeline.store import AlreadyRunning, RunDirectory, home
+from pipeline.store import AlreadyRunning, RunDirectory, home, python
 
 ATTEMPT_VARIABLE = "CRESCENDO_ATTEMPT"
 SUPERVISOR_VARIABLE = "CRESCENDO_SUPERVISOR"  # its process id, for the ranks
@@ -128,12 +128,12 @@ def _conclusion(run: RunDirectory) -> str:
         f"{trained['step']} steps, {trained['tokens']:,} tokens in {trained['time']:.0f} s of training, "
         f"validation loss {evaluated['val/loss']:.4f}\n"
         f"record: {run.metrics_file}\n"
-        f"export for transformers: python -m pipeline.export {run.id} DIRECTORY"
+        f"export for transformers: {python()} -m pipeline.export {run.id} DIRECTORY"
     )
 
 
 def _again(run: RunDirectory) -> str:
-    return f"python -m pipeline.worker {os.path.relpath(run.path)}"
+    return f"{python()} -m pipeline.worker {os.path.relpath(run.path)}"
 
 
 def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) -> tuple[str, int, str | None]:

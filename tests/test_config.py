@@ -29,7 +29,7 @@ from tests.support import compose_tree, config
         (["parallel.tensor=3"], "model.heads=4: not divisible by parallel.tensor = 3. Nearest model.heads: 3 or 6"),
         (["parallel.tensor=3"], "data.sequence_length=256: not divisible by parallel.tensor = 3"),
         (["parallel.replicate=2"], "parallel=single does not use this axis; it must be 1"),
-        (["parallel=ddp", "batch.size=6"], "(2 ranks × data.micro_batch=4 = 8). Nearest batch.size: 8"),
+        (["parallel=ddp", "batch.size=6"], "(ranks 2 × data.micro_batch=4 = 8). Nearest batch.size: 8"),
         (["batch.round_to=6"], "batch.round_to=6: not divisible by ranks × data.micro_batch = 4"),
         (["budget.tokens=5k"], "less than one batch (the first is 32 sequences × data.sequence_length=256 = 8192 tokens)"),
         (["batch=stages", "batch.sizes=[64,128]", "batch.fractions=[0.5,0.5]", "budget.tokens=5k"], "(the first is 64 sequences"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -92,7 +93,7 @@ def test_a_failure_does_not_stop_the_rest(home: Path, capsys: pytest.CaptureFixt
     failure = out[out.index("1 failed: seed=1") :]
     assert "rank 1: ValueError: loss is NaN" in failure
     assert "│ Traceback (most recent call last):" in failure and "attempt-1.rank-1.log" in failure
-    assert "rank 0 only noticed" not in out
+    assert "rank 0 only noticed" not in out and out.count("loss is NaN") == 1
     assert re.search(r"^retry: python -m pipeline", failure, re.M)
 
     assert run_plan(sweep(3), Stub(home)) == 0  # whatever was wrong is mended
@@ -136,6 +137,7 @@ def test_a_signal_ends_the_workers_and_says_how_to_go_on(
     assert states(home, p) == ["CANCELLED", "CANCELLED", "PENDING"]
     out = capsys.readouterr().out
     assert f"Stopped by {name}: 2 cancelled, 1 waiting." in out
+    assert out.count("; ") == 1 and " left" not in out  # the summary, once
     assert out.splitlines()[-1].startswith("continue: python -m pipeline")
 
     assert run_plan(p, Stub(home)) == 0
@@ -208,6 +210,30 @@ def test_a_run_that_another_process_holds_is_left_alone(
         assert state(p.points[0]) == "running"
     out = capsys.readouterr().out
     assert "1 running (elsewhere, skipped), 1 new." in out and "1 elsewhere, 1 done" in out
+    assert "1 run is still being run by another process (seed=0): compare again when it has ended." in out
+
+
+@pytest.mark.parametrize(("left", "code"), [("DONE", 0), ("FAILED", 1)])
+def test_what_became_of_a_run_that_another_process_held(
+    home: Path, capsys: pytest.CaptureFixture[str], left: str, code: int
+) -> None:
+    p, stub = sweep(2, "launch.max_parallel=1"), Stub(home, seconds=0.5)
+    freeze(p)
+    held = RunDirectory(home / "runs" / ids(p)[0])
+    with contextlib.ExitStack() as elsewhere:
+        elsewhere.enter_context(held.lock())
+
+        def end() -> None:
+            held.update_status(state=left, attempt=1)
+            elsewhere.close()
+
+        thread = when_started(stub, 1, end)
+        assert run_plan(p, stub) == code
+        thread.join()
+    out = capsys.readouterr().out
+    assert f"1 {left.lower()}, 1 done" in out or "2 done" in out
+    assert "still being run" not in out and "1 elsewhere, 1 done" not in out
+    assert ("retry: " in out) == bool(code)
 
 
 def test_two_launchers_at_once_run_no_point_twice(home: Path) -> None:

@@ -31,6 +31,7 @@ def test_what_it_holds(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "axes": {"batch.size": "16"},
         "overrides": ["experiment=demo", "batch=constant", "batch.size=16"],
         "problem": None,
+        "command": m["command"],
     }
 
 
@@ -42,12 +43,14 @@ def test_the_same_command_again_changes_nothing_but_the_command(home: Path) -> N
     assert written("demo", home) == first
 
 
-def test_a_sweep_grows(home: Path) -> None:
+def test_a_sweep_grows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = plan("experiment=demo", "batch=constant_16,stages", "seed=0")
     second = plan("experiment=demo", "batch=stages", "seed=0,1")
-    manifest.write(first)
-    manifest.write(second)
+    for name, each in (("first", first), ("second", second)):
+        monkeypatch.setattr("sys.argv", ["pipeline", name])
+        manifest.write(each)
     m = written("demo", home)
+    assert [point["command"][-1] for point in m["points"]] == ["first", "second", "second"]
     assert m["axes"] == ["batch", "seed"] and m["common"] == {"experiment": "demo"}
     assert [(point["run"], point["axes"]) for point in m["points"]] == [
         (first.points[0].run, {"batch": "constant_16", "seed": "0"}),

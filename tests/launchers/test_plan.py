@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from launchers.plan import freeze, make_plan, state
+from launchers.plan import again, freeze, make_plan, state
 from pipeline.config import ConfigError
 from pipeline.identity import run_id
-from pipeline.store import RunDirectory
+from pipeline.store import RunDirectory, python
 from tests.launchers.support import plan
 from tests.support import config
 
@@ -73,6 +74,31 @@ def test_the_name_depends_on_the_points_alone(home: Path) -> None:
 def test_a_name_that_is_no_directory_name_is_refused(home: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="Nearest"):
         plan("seed=0", f"sweep.name={name}")
+
+
+def test_several_names_are_refused(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^sweep\.name=a,b: a sweep has one name"):
+        plan("seed=0", "sweep.name=a,b")
+
+
+def test_the_words_for_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for environment in ("project/.venv", "other"):
+        (tmp_path / environment / "bin").mkdir(parents=True)
+        (tmp_path / environment / "bin" / "python").symlink_to(sys.executable)  # as venv makes it
+    monkeypatch.chdir(tmp_path / "project")
+    this = tmp_path / "project" / ".venv" / "bin"
+    monkeypatch.setattr("sys.executable", str(this / "python"))
+    monkeypatch.setattr("sys.argv", ["pipeline", "-m", "seed=0,1"])
+    monkeypatch.setenv("PATH", str(tmp_path / "other" / "bin"))
+    assert python() == ".venv/bin/python" and again() == ".venv/bin/python -m pipeline -m seed=0,1"
+    monkeypatch.chdir(tmp_path)
+    assert python() == "project/.venv/bin/python"
+    monkeypatch.chdir(tmp_path / "other")
+    assert python() == str(this / "python")
+    monkeypatch.setenv("PATH", str(this))
+    assert python() == "python"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert python() == str(this / "python")
 
 
 def test_wandb_groups_the_runs_by_the_sweep_unless_told_otherwise(home: Path) -> None:

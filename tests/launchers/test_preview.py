@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.__main__
+from launchers import manifest
 from launchers.plan import freeze
 from launchers.preview import Rates, describe
 from tests.launchers.support import plan, tree_of
@@ -85,8 +86,34 @@ def test_when_all_is_done_it_points_to_the_comparison(
     p = plan("seed=0", "sweep.name=s")
     freeze(p)
     p.points[0].directory.update_status(state="DONE")
+    run = "run: python -m pipeline -m seed=0 sweep.name=s hydra/launcher=local"  # writes what compare reads
+    assert preview(monkeypatch, "seed=0", "sweep.name=s") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == run
+    manifest.write(plan("seed=1", "sweep.name=s"))
+    assert preview(monkeypatch, "seed=0", "sweep.name=s") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == run
+    manifest.write(p)
     assert preview(monkeypatch, "seed=0", "sweep.name=s") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "compare: python -m analysis s"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seed=glob(*)"], "seed=glob(*): gives no value, so there is nothing to run."),
+        (["hydra/launcher=basic"], "hydra/launcher=basic: runs no sweeps here. Allowed: local, preview\n"),
+    ],
+)
+def test_a_sweep_that_could_not_be_one_is_refused(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pipeline", "-m", "seed=0", *arguments])
+    assert pipeline.__main__.main() == 2
+    assert capsys.readouterr().err.startswith(message) and tree_of(here) == {}
 
 
 # 800 000 tokens are 6250 sequences of 128. The stages end at 625, 1875 and 6250 sequences; a step takes the
@@ -99,7 +126,7 @@ def test_when_all_is_done_it_points_to_the_comparison(
         (["batch=stages"], "16→32→64", str(40 + 39 + 69)),
         (["batch=norm_test"], "8…256 norm_test", "25…782"),
         (["batch=norm_test", "batch.size=9", "batch.max_size=255"], "16…248 norm_test", "26…391"),
-        (["batch=constant", "batch.size=6250"], "6250", "1"),
+        (["batch=constant", "batch.size=3120"], "3120", "3"),
         (
             ["batch=stages", "batch.sizes=[8,16,24,32,40]", "batch.fractions=[0.2,0.2,0.2,0.2,0.2]"],
             "8→…→40",
