@@ -47,8 +47,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | Non
 
 def _unreadable(error: OverrideParseException) -> str:
     if "=" not in error.override and not error.override.startswith("~"):
-        hint = nearest(error.override, [*_group_names(), *known_keys()])
-        value = _options(hint)[0] if hint in _group_names() else "…"
+        hint = nearest(error.override, [*group_names(), *known_keys()])
+        value = options_of(hint)[0] if hint in group_names() else "…"
         example = f", such as {hint}={value}" if hint else ""
         return f"{error.override}: not of the form setting=value{example}"
     reason = error.message.removeprefix(f"Error parsing override '{error.override}'\n").splitlines()[0]
@@ -85,19 +85,19 @@ def _rejected(text: str) -> str:
 
 
 def _value_for_a_group(arguments: Sequence[str]) -> list[str]:
-    groups = _group_names()
+    groups = group_names()
     return [
-        f"{argument}: {key} is a group of settings, its options are {', '.join(_options(key))}; "
+        f"{argument}: {key} is a group of settings, its options are {', '.join(options_of(key))}; "
         f"one setting of it is {key}.<name>=…"
         for argument in arguments
         for key, _, value in [argument.lstrip("+").partition("=")]
-        if key in groups and value not in _options(key)
+        if key in groups and value not in options_of(key)
     ]
 
 
-def _group_names() -> list[str]:
+def group_names() -> list[str]:
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
-def _options(group: str) -> list[str]:
+def options_of(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

@@ -13,7 +13,7 @@ from pipeline.batch import schedule_class
 from pipeline.config import Config, to_tree
 from pipeline.store import Row, RunDirectory
 
-QUEUED_ROWS = 1000
+QUEUED_ROWS = 200
 FINISH_TIMEOUT_S = 60.0
 
 

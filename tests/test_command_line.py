@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import pipeline.__main__
 import pipeline.worker
-from pipeline.config import Config, check, typed
+from pipeline.config import Config, check, known_keys, typed
 from pipeline.store import RunDirectory
 from tests.launchers.support import tree_of
 from tests.support import ROOT, compose_tree, config
@@ -246,3 +246,17 @@ def test_the_pipeline_imports_neither_launchers_nor_analysis() -> None:
     code = "import sys, pipeline.__main__, pipeline.worker\n"
     code += "print([m for m in sys.modules if m.split('.')[0] in ('launchers', 'analysis')])"
     assert python("-c", code).stdout.strip() == "[]"
+
+
+def test_help_shows_every_option_and_every_setting_with_its_meaning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for group in ("batch", "model", "parallel", "lr"):
+        options = ", ".join(sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml")))
+        assert f"  {group}: {options}\n" in text
+    leaves = {key.rsplit(".", 1)[-1] for key in known_keys() if "." in key and not key.startswith("model.")}
+    for leaf in leaves:
+        assert f"\n  {leaf}: " in text, leaf
+    assert "# never shrink" in text

@@ -22,7 +22,8 @@ def done_run(configuration: Config, model: Llama) -> RunDirectory:
     """A run that ended with these weights, as the training loop leaves it."""
     run = RunDirectory.of(configuration)
     run.freeze(configuration)
-    progress = checkpoint.Progress(*schedule_class(configuration.batch.schedule)(configuration).start())
+    state, first = schedule_class(configuration.batch.schedule)(configuration).start()
+    progress = checkpoint.Progress(state, first, first.size)
     checkpoint.save(run, ranks_of(configuration), model, torch.optim.AdamW(model.parameters()), progress)
     run.update_status(state="DONE")
     return run

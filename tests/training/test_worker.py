@@ -231,18 +231,21 @@ def test_wandb_mirrors_the_record_and_cannot_stop_it(
 def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str], monkeypatch):
     """Its service is stopped in its tracks: nothing answers, nothing fails, and the run goes on."""
     monkeypatch.delenv("WANDB_MODE")
-    run = frozen(config(*TINY, *small_corpus, "parallel=single", "budget.tokens=1500k", "track.every=1"))
+    run = frozen(config(*TINY, *small_corpus, "parallel=single", "budget.tokens=6M", "track.every=1"))
     worker = start(run)
     service = None
     try:
-        wait_for_step(run, 5)
+        while not list(run.path.glob("wandb/offline-run-*/*.wandb")):  # until then its start is what fails
+            assert worker.poll() is None
+            time.sleep(0.05)
+        wait_for_step(run, run.last_row()["step"] + 50)
         rank = next(pid for pid, number in processes_of(run).items() if number == "0")
         while service is None:
             service = next((pid for pid in children_of(rank) if "wandb-core" in command_of(pid)), None)
             assert worker.poll() is None
         os.kill(service, signal.SIGSTOP)
         stopped_at = run.last_row()["step"]
-        wait_for_step(run, stopped_at + 1200)  # far more rows than any buffer between them holds
+        wait_for_step(run, stopped_at + 1000)  # far more rows than all buffers between them hold
     finally:
         worker.terminate()
         worker.communicate(timeout=60)
