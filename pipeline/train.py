@@ -7,7 +7,9 @@ import math
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 import pipeline.parallel as strategies
@@ -171,7 +173,7 @@ class Trainer:
             capture.start_step()
         units = list(self._my_units(first, size))
         for index, (start, count) in enumerate(units):
-            inputs, targets = self._read(start, max(count, 1))
+            inputs, targets = self._on_device(self.data.take(start, max(count, 1)))
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
             self.data.request(*following)
             last = index + 1 == len(units)
@@ -212,8 +214,9 @@ class Trainer:
         """This rank's first micro-batch of a step that starts at `first`, whatever its batch will be."""
         return first + self.ranks.data_rank * self.micro, self.micro
 
-    def _read(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.from_numpy(self.data.take(first, count)).to(self.device, non_blocking=True)
+    def _on_device(self, sequences: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets, each [B, T], of sequences [B, T + 1]."""
+        tokens = torch.from_numpy(sequences).to(self.device, non_blocking=True)
         return tokens[:, :-1], tokens[:, 1:]
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -251,8 +254,7 @@ class Trainer:
         loss = torch.zeros(1, dtype=torch.float64, device=self.device)
         for start, count in self._my_units(0, total):
             if count:
-                tokens = torch.from_numpy(self.held_out.read(start, count)).to(self.device)
-                loss += self._loss(tokens[:, :-1], tokens[:, 1:])
+                loss += self._loss(*self._on_device(self.held_out.read(start, count)))
         (total_loss,) = self.ranks.sum(loss)
         if self.ranks.is_main:
             self._log({**self._clock(), "val/loss": total_loss / (total * self.length)})

@@ -35,7 +35,7 @@ WRONG_REQUEST = 2
 def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m pipeline.worker RUN_DIR", file=sys.stderr)
-        return 2
+        return WRONG_REQUEST
     run = RunDirectory(Path(arguments[0]).resolve())
     if is_rank := SUPERVISOR_VARIABLE in os.environ:
         _die_with_supervisor()
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         return run_rank(config, run) if is_rank else supervise(config, run)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return WRONG_REQUEST
     except AlreadyRunning as error:
         print(f"{error}; nothing to do here")
         return 0

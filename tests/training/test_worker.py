@@ -68,6 +68,13 @@ def processes_of(run: RunDirectory) -> dict[int, str]:
     return found
 
 
+def wait_until_gone(run: RunDirectory, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while processes_of(run):
+        assert time.monotonic() < deadline, processes_of(run)
+        time.sleep(0.05)
+
+
 def assert_nothing_torn(run: RunDirectory) -> None:
     assert json.loads(run.status_file.read_text())["state"]
     assert run.metrics_file.read_bytes().endswith(b"\n")
@@ -117,10 +124,7 @@ def test_killed_supervisor_takes_its_ranks_with_it_and_leaves_the_run_free(
     assert sorted(processes_of(run).values()) == ["", "0", "1"]
     worker.kill()
     worker.wait()
-    deadline = time.monotonic() + 10
-    while processes_of(run):
-        assert time.monotonic() < deadline, processes_of(run)
-        time.sleep(0.05)
+    wait_until_gone(run, timeout_s=10)
     assert not run.is_locked()
 
 
@@ -132,10 +136,7 @@ def test_supervisor_killed_while_its_ranks_start_leaves_none(home: Path, small_c
         assert time.monotonic() < deadline
     worker.kill()
     worker.wait()
-    deadline = time.monotonic() + 20
-    while processes_of(run):
-        assert time.monotonic() < deadline, processes_of(run)
-        time.sleep(0.05)
+    wait_until_gone(run, timeout_s=20)
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.5, 1.5])
