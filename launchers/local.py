@@ -21,10 +21,10 @@ from launchers.preview import EXCUSES, show_heading, show_invalid
 from launchers.screen import conclude, screen
 from launchers.table import make_console, progress, say, tally
 from pipeline.config import Config
-from pipeline.worker import threads_per_rank
+from pipeline.worker import SHUTDOWN_TIMEOUT_S, STOP_GRACE_S, threads_per_rank
 
 POLL_S = 0.1
-GRACE_S = 10.0  # between SIGTERM and SIGKILL
+GRACE_S = STOP_GRACE_S + SHUTDOWN_TIMEOUT_S + 5  # between SIGTERM and SIGKILL: longer than a worker's own
 
 Command = Callable[[Path], list[str]]
 
@@ -59,6 +59,8 @@ def run_plan(plan: Plan, command: Command = worker_command) -> int:
                 view.update(sweep.states, sweep.advance())
                 time.sleep(POLL_S)
         finally:  # whatever happened above, no worker outlives this process
+            if stop.number and sweep.running:
+                say(console, "Stopping at the next step, with a checkpoint. Once more to stop at once.")
             changed = [*sweep.stop(stop), *sweep.look_elsewhere()]
             view.update(sweep.states, changed, last=True)
     conclude(console, plan, sweep.states, stop.number)
@@ -86,8 +88,12 @@ class LocalSweep:
         self.states = {run_of(p): "done" if p.run in done else "waiting" for p in plan.valid}
 
     @property
+    def running(self) -> bool:
+        return bool(self._workers)
+
+    @property
     def unfinished(self) -> bool:
-        return bool(self._waiting or self._workers)
+        return bool(self._waiting) or self.running
 
     def advance(self) -> list[Point]:
         """Collects workers that ended and starts the next. The points whose state changed."""

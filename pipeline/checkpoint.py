@@ -2,18 +2,28 @@
 
     checkpoints/step-00000120/   torch.distributed.checkpoint: model and optimizer, by parameter name
                 progress.json    where the run stands: clock, stream position, batch schedule
+                partial-…        being written, or left by a process that died; removed at the next start
+                torn-…           found damaged and passed over; nothing reads it again
 
-A checkpoint is written under a temporary name and renamed when complete, so one that carries its final
-name is whole. The newest two are kept.
+A checkpoint is written beside the training, under a temporary name, and renamed when complete. The newest
+two are kept. Before one is loaded all its bytes are compared with their checksums. Ranks in any number and
+under any strategy read what others wrote.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import io
 import json
+import pickle
 import shutil
 import warnings
+import zipfile
+import zlib
+from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +31,27 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipeline.batch._interface import Decision, State
 from pipeline.config import ConfigError
 from pipeline.parallel._ranks import Ranks
-from pipeline.store import RunDirectory, write_atomically
+from pipeline.store import MetricsWriter, RunDirectory, report, write_atomically
 
 KEEP = 2
+CHECKPOINT_SCHEMA = 1  # raise it when what a checkpoint holds begins to mean something else
+SAVE_TIMEOUT = timedelta(minutes=30)
+LAST_MOMENT_S = 20.0  # for the outstanding checkpoint of a run that ends with an error
+
+# A single process without a process group is what we mean. Not within a block: a thread does the writing.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+
+class CheckpointError(RuntimeError):
+    """A run cannot be saved or resumed. One line, which says how to go on."""
 
 
 @dataclass
@@ -42,62 +65,304 @@ class Progress:
     sequences: int = 0
     time: float = 0.0  # seconds of training, summed over attempts
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1)
-
     @staticmethod
-    def from_json(text: str) -> Progress:
-        tree = json.loads(text)
+    def from_tree(tree: dict[str, Any]) -> Progress:
+        values = {field.name: tree[field.name] for field in dataclasses.fields(Progress)}
         return Progress(
-            schedule=State(**tree.pop("schedule")), next_batch=Decision(**tree.pop("next_batch")), **tree
+            **values | {"schedule": State(**tree["schedule"]), "next_batch": Decision(**tree["next_batch"])}
         )
 
 
-def save(
-    run: RunDirectory, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
-) -> None:
-    """Writes one checkpoint; returns when it is complete. Called by all ranks."""
-    final = run.checkpoints / f"step-{progress.step:08d}"
-    partial = run.checkpoints / f"partial-{progress.step:08d}"
-    if ranks.is_main:
-        for torn in run.checkpoints.glob("partial-*"):
-            shutil.rmtree(torn)
-    _barrier(ranks)
-    _quietly(dcp.save, _tensors(model, optimizer), checkpoint_id=partial)
-    if ranks.is_main:
-        write_atomically(partial / "progress.json", progress.to_json())
-        partial.rename(final)
-        for old in complete(run)[:-KEEP]:
-            shutil.rmtree(old.rename(run.checkpoints / f"partial-{old.name}"))
-    _barrier(ranks)
+@dataclass(frozen=True)
+class _Outstanding:
+    """A checkpoint that is being written."""
+
+    progress: Progress
+    partial: Path
+    written: Future[Metadata]
 
 
-def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Loads a checkpoint into model and optimizer, whatever the number of ranks that wrote it."""
-    tensors = _tensors(model, optimizer)
-    _quietly(dcp.load, tensors, checkpoint_id=path)
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-    return Progress.from_json((path / "progress.json").read_text(encoding="utf-8"))
+class _Writer(dcp.FileSystemWriter):
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # When a disk is full, torch's archive writer complains of what this did to its bookkeeping.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+class Checkpointer:
+    """The checkpoints of a run in training. Every rank has one and calls its methods at the same steps."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        ranks: Ranks,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        record: MetricsWriter | None,
+    ) -> None:
+        self._run, self._ranks, self._model, self._optimizer = run, ranks, model, optimizer
+        self._record = record  # rank 0's
+        # A group of its own: the thread that writes must not meet the collectives of the training.
+        self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if ranks.world_size > 1 else None
+        self._outstanding: _Outstanding | None = None
+
+    # --- saving
+
+    def save(self, progress: Progress, wait: bool) -> None:
+        """Copies what is to be saved to memory and writes it while training goes on, or, with `wait`, now.
+
+        Only one checkpoint is written at a time. One that cannot be written is a warning, or, with `wait`,
+        a CheckpointError on all ranks; the older ones stay in any case.
+        """
+        self.settle()
+        partial = self._run.checkpoints / f"partial-{progress.step:08d}"
+        tensors = _tensors(self._model, self._optimizer)
+        copier = DefaultStager(StagingOptions(False, False, False, False))  # it has copied when it returns
+        written = dcp.async_save(
+            tensors, storage_writer=_Writer(partial), async_stager=copier, process_group=self._group
+        )
+        assert isinstance(written, Future)
+        written.add_done_callback(lambda _: copier.close())
+        self._outstanding = _Outstanding(dataclasses.replace(progress), partial, written)
+        if wait and (failure := self._ranks.from_main(self._finish())):
+            newest = self._newest()
+            start = f"it goes on from step {newest}" if newest else "it starts from the beginning"
+            raise CheckpointError(
+                f"the checkpoint at step {progress.step}, the last of this attempt, could not be written: "
+                f"{failure}. Mend that (on a full disk: free space), then run it again: {start}"
+            )
+
+    def poll(self) -> bool:
+        """Puts the outstanding checkpoint in its place if it is written. Whether there was such a one."""
+        if self._outstanding is None or not self._outstanding.written.done():
+            return False
+        self.settle()
+        return True
+
+    def settle(self) -> None:
+        """Waits for the outstanding checkpoint, if any. Raises CheckpointError when it takes too long."""
+        if self._outstanding is None:
+            return
+        step = self._outstanding.progress.step
+        if failure := self._finish():
+            newest = self._newest()
+            kept = f"the newest checkpoint is step {newest}" if newest else "there is no checkpoint yet"
+            report(f"checkpoint at step {step} could not be written: {failure}; the run goes on, {kept}")
+
+    def close(self) -> None:
+        """Gives the outstanding checkpoint of a run that ends with an error a moment to become complete."""
+        if self._outstanding:
+            concurrent.futures.wait([self._outstanding.written], LAST_MOMENT_S)
+            self.poll()
+
+    def _finish(self) -> str | None:
+        """Waits for the outstanding checkpoint. Rank 0 puts it in its place, or says why it cannot.
+
+        That rank 0 has written means that all have: its part comes last.
+        """
+        assert self._outstanding
+        outstanding, self._outstanding = self._outstanding, None
+        try:
+            error = outstanding.written.exception(SAVE_TIMEOUT.total_seconds())
+        except TimeoutError:
+            raise CheckpointError(
+                f"the checkpoint at step {outstanding.progress.step} is not written after {SAVE_TIMEOUT}: "
+                f"is the disk still there?"
+            ) from None
+        if not self._ranks.is_main:
+            return None
+        try:
+            if error is not None:
+                raise error
+            self._publish(outstanding)
+        except (Exception, dcp.CheckpointException) as failure:
+            shutil.rmtree(outstanding.partial, ignore_errors=True)  # others need the space
+            return _in_one_line(failure)
+        return None
+
+    def _publish(self, done: _Outstanding) -> None:
+        if self._record:
+            # A checkpoint must not overtake the record: no later attempt would do those rows again.
+            self._record.flush()
+        progress = {
+            "schema": CHECKPOINT_SCHEMA,
+            "metadata_crc32": zlib.crc32((done.partial / ".metadata").read_bytes()),
+            **dataclasses.asdict(done.progress),
+        }
+        write_atomically(done.partial / "progress.json", json.dumps(progress, indent=1))
+        done.partial.rename(self._run.checkpoints / f"step-{done.progress.step:08d}")
+        for old in complete(self._run)[:-KEEP]:
+            shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
+
+    def _newest(self) -> int | None:
+        paths = complete(self._run)
+        return _step(paths[-1]) if paths else None
+
+    # --- resuming
+
+    def restore(self) -> Progress | None:
+        """Loads the newest whole checkpoint into model and optimizer; None when there is no checkpoint.
+
+        Raises ConfigError for one of another model or schema, CheckpointError when all are damaged.
+        """
+        if self._ranks.is_main:
+            for left in self._run.checkpoints.glob("partial-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        torn: dict[Path, str] = {}
+        for path in reversed(self._ranks.from_main(complete(self._run))):
+            mine = damage(path, self._ranks.rank, self._ranks.world_size)
+            if found := self._first_found(mine) or self._first_found(self._load(path)):
+                torn[path] = found
+                continue
+            if self._ranks.is_main:
+                _set_aside(torn)
+            return Progress.from_tree(_read_progress(path))
+        if torn:
+            reasons = "; ".join(f"step {_step(path)}: {found}" for path, found in torn.items())
+            raise CheckpointError(
+                f"{self._run.checkpoints}: no checkpoint can be loaded ({reasons}). Bring back what is "
+                f"missing, or delete this directory to start from the beginning"
+            )
+        return None
+
+    def _load(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint that cannot be loaded. Raises ConfigError for another model's."""
+        tensors = _tensors(self._model, self._optimizer)
+        _check_same_model(path, {name: tensor.size() for name, tensor in tensors["model"].items()})
+        try:
+            dcp.load(tensors, checkpoint_id=path, process_group=self._group)
+        except dcp.CheckpointException as error:
+            return _in_one_line(error)
+        model_state, optimizer_state = tensors["model"], tensors["optimizer"]
+        set_state_dict(
+            self._model, self._optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
+        )
+        return None
+
+    def _first_found(self, mine: str | None) -> str | None:
+        """On all ranks: what the first rank with something to say found."""
+        if self._group is None:
+            return mine
+        found: list[str | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(found, mine, group=self._group)
+        return next(filter(None, found), None)
 
 
 def complete(run: RunDirectory) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """The checkpoints of a run that were written to the end, oldest first."""
     return sorted(run.checkpoints.glob("step-*"))
 
 
+def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What has become of a checkpoint since it was complete; None: it is whole.
+
+    The checksums compared are those of every `shares`-th tensor. Raises ConfigError for another schema.
+    """
+    try:
+        tree = _read_progress(path)
+        Progress.from_tree(tree)
+        data = (path / ".metadata").read_bytes()
+        if zlib.crc32(data) != tree["metadata_crc32"]:
+            return ".metadata is not what was written"
+        entries = pickle.loads(data).storage_data
+        ends: dict[str, int] = {}
+        for entry in entries.values():
+            ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
+        for name, end in ends.items():
+            if (size := (path / name).stat().st_size) < end:
+                return f"{name} has {size} of {end} bytes"
+        for index, entry in list(entries.items())[share::shares]:
+            if _is_corrupt(path / entry.relative_path, entry.offset, entry.length):
+                return f"{index.fqn} in {entry.relative_path} is not what was written"
+    except ConfigError:
+        raise
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or path).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"progress.json is unreadable ({_in_one_line(error)})"
+    return None
+
+
 def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
-    """The newest checkpoint's parameters, whole and by name, without a model or other ranks."""
-    if not complete(run):
-        raise ConfigError(f"{run.checkpoints}: holds no checkpoint, so there are no weights to read")
-    path = complete(run)[-1]
+    """The newest whole checkpoint's parameters by name, without a model or other ranks."""
+    for path in reversed(complete(run)):
+        if found := damage(path):
+            report(f"checkpoint at step {_step(path)} is damaged: {found}; an older one is read")
+            continue
+        weights = {
+            name: torch.empty(size, dtype=dtype) for name, (size, dtype) in _saved_parameters(path).items()
+        }
+        dcp.load({"model": weights}, checkpoint_id=path, no_dist=True)
+        return weights
+    raise ConfigError(f"{run.checkpoints}: holds no whole checkpoint, so there are no weights to read")
+
+
+def _read_progress(path: Path) -> dict[str, Any]:
+    tree = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    if (schema := tree.get("schema", 0)) != CHECKPOINT_SCHEMA:
+        raise ConfigError(
+            f"{path}: its schema is {schema}, this version reads {CHECKPOINT_SCHEMA}. Go on with the version "
+            f"that wrote it, or delete {path.parent} to start from the beginning"
+        )
+    return tree
+
+
+def _is_corrupt(path: Path, offset: int, length: int) -> bool:
+    """torch writes each tensor as a zip archive, with checksums that it does not compare when it reads."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(length)
+    try:
+        return zipfile.ZipFile(io.BytesIO(data)).testzip() is not None
+    except Exception:  # wrong bytes where the archive describes itself raise nearly anything
+        return True
+
+
+def _saved_parameters(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    weights = {
-        name.removeprefix("model."): torch.empty(entry.size, dtype=entry.properties.dtype)
+    return {
+        name.removeprefix("model."): (entry.size, entry.properties.dtype)
         for name, entry in metadata.items()
         if name.startswith("model.")
     }
-    _quietly(dcp.load, {"model": weights}, checkpoint_id=path)
-    return weights
+
+
+def _check_same_model(path: Path, here: dict[str, torch.Size]) -> None:
+    there = {name: size for name, (size, _) in _saved_parameters(path).items()}
+    differences = [
+        f"{name} is {_shape(there.get(name))} there and {_shape(here.get(name))} here"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise ConfigError(
+            f"{path}: is of another model: {', '.join(differences[:3])}{more}. Go on with the model it was "
+            f"saved from, or delete {path.parent} to start from the beginning"
+        )
+
+
+def _shape(size: torch.Size | None) -> str:
+    return "absent" if size is None else str(list(size))
+
+
+def _set_aside(torn: dict[Path, str]) -> None:
+    """Out of the way of what is saved at the same step, and out of the count of those that are kept."""
+    for path, found in torn.items():
+        aside = path.with_name(path.name.replace("step-", "torn-"))
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        report(f"checkpoint at step {_step(path)} is damaged: {found}; passed over, now {aside.name}")
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -105,12 +370,10 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def _barrier(ranks: Ranks) -> None:
-    if ranks.world_size > 1:
-        dist.barrier()
-
-
-def _quietly(function: Any, *arguments: Any, **options: Any) -> None:
-    with warnings.catch_warnings():  # a single process without a process group is what we mean
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        function(*arguments, **options)
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {_in_one_line(cause)}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -11,7 +11,7 @@ import difflib
 import math
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +25,8 @@ Tokens = Annotated[int, "tokens"]  # accepts 300k, 2M, 1.5B
 PositiveTokens = Annotated[int, "tokens", Positive]
 PositiveInt = Annotated[int, Positive]
 PositiveFloat = Annotated[float, Positive]
+Rest = "-1: the rest"
+MeshSize = Annotated[int, Positive, Rest]
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end-of-document token
 
@@ -84,9 +86,11 @@ class DataConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     strategy: str
-    replicate: PositiveInt
-    shard: PositiveInt
-    tensor: PositiveInt
+    replicate: MeshSize
+    shard: MeshSize
+    tensor: MeshSize
+    reshard_after_forward: bool
+    shard_gradients: bool
     precision: Literal["float32", "bfloat16"]
     compile: bool
     activation_checkpointing: bool
@@ -111,6 +115,7 @@ class BatchConfig:
     fractions: list[float] | None
     eta: PositiveFloat
     estimator: Literal["microbatch", "worker", "paper"]
+    measured_units: PositiveInt | None
     signal: Literal["plain", "debiased"]
     interval: PositiveInt
     ema: float
@@ -153,6 +158,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class CheckpointConfig:
     interval_tokens: PositiveTokens | None
+    interval_minutes: PositiveFloat | None
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,8 @@ class TrackConfig:
 @dataclass(frozen=True)
 class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"]
+    nodes: PositiveInt
+    gpus_per_node: PositiveInt | None
     cpus_per_task: PositiveInt | None
     max_parallel: PositiveInt
 
@@ -234,12 +242,13 @@ def typed(tree: DictConfig) -> Config:
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
-    """The typed config of a composed tree. Raises ConfigError with every misspelt key and wrong type."""
+    """The typed config of a composed tree. Raises ConfigError with every misspelt key and wrong type, and
+    when the one -1 of the mesh cannot be filled in."""
     problems: list[str] = []
     config = _convert(Config, tree, "", problems)
     if problems:
         raise ConfigError(*problems)
-    return config
+    return replace(config, parallel=_whole_mesh(config.parallel, config.launch))
 
 
 def to_tree(config: object) -> Any:
@@ -303,8 +312,9 @@ def _value(hint: Any, value: Any) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         number = parse_tokens(value) if "tokens" in arguments else _value(arguments[0], value)
-        if Positive in arguments and number <= 0:
-            raise ValueError("must be above 0")
+        if Positive in arguments and number <= 0 and not (Rest in arguments and number == -1):
+            rest = ", or -1 for the rest of the ranks" if Rest in arguments else ""
+            raise ValueError(f"must be above 0{rest}")
         return number
     if origin in (Union, types.UnionType):
         return None if value is None else _value(arguments[0], value)
@@ -336,6 +346,30 @@ _NAMES = {
 }
 
 
+MESH_AXES = ("replicate", "shard", "tensor")
+
+
+def _whole_mesh(parallel: ParallelConfig, launch: LaunchConfig) -> ParallelConfig:
+    """With the axis that is -1 filled in from the launch's ranks, so that the run's id names the mesh."""
+    open_axes = [axis for axis in MESH_AXES if getattr(parallel, axis) == -1]
+    if not open_axes:
+        return parallel
+    axis, key = open_axes[0], f"parallel.{open_axes[0]}=-1"
+    if len(open_axes) > 1:
+        raise ConfigError(f"{key} and parallel.{open_axes[1]}=-1: only one axis can be the rest of the ranks")
+    if launch.gpus_per_node is None:
+        raise ConfigError(f"{key}: the rest of how many ranks? Set launch.gpus_per_node (and launch.nodes)")
+    ranks = launch.nodes * launch.gpus_per_node
+    others = math.prod(getattr(parallel, other) for other in MESH_AXES if other != axis)
+    if ranks % others:
+        raise ConfigError(
+            f"{key}: launch.nodes={launch.nodes} × launch.gpus_per_node={launch.gpus_per_node} = {ranks} "
+            f"ranks cannot be divided by the other axes' {others}. Nearest number of ranks: "
+            f"{nearest_multiples(ranks, others)}"
+        )
+    return replace(parallel, **{axis: ranks // others})
+
+
 def parse_tokens(value: object) -> int:
     """A token count: 300000, 300k, 2M, 1.5B. Raises ValueError for anything else."""
     units = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -364,7 +398,7 @@ def check(config: Config) -> None:
     """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
     problems = [
         *_check_model(config.model, config.parallel, config.data),
-        *_check_parallel(config.parallel),
+        *_check_parallel(config.parallel, config.launch),
         *_check_data(config),
         *_check_batch(config),
         *_check_optimisation(config),
@@ -414,16 +448,30 @@ def _one_of(key: str, value: str, options: Sequence[str]) -> list[str]:
     return [f"{key}={value}: one of {', '.join(options)}" + (f". Did you mean {hit}?" if hit else "")]
 
 
-def _check_parallel(parallel: ParallelConfig) -> list[str]:
+def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]:
     if unknown := _one_of("parallel.strategy", parallel.strategy, strategies.names()):
         return unknown
-    used = strategies.load(parallel.strategy).AXES
-    return [
+    used = strategies.strategy_class(parallel.strategy).axes
+    problems = [
         f"parallel.{axis}={getattr(parallel, axis)}: parallel={parallel.strategy} does not use this axis; "
         f"it must be 1"
-        for axis in ("replicate", "shard", "tensor")
+        for axis in MESH_AXES
         if axis not in used and getattr(parallel, axis) != 1
     ]
+    if parallel.compile and "tensor" in used:
+        problems.append(
+            f"parallel.compile=true: not with parallel={parallel.strategy}. torch 2.13 compiles a block of "
+            f"DTensors into wrong gradients or fails in the backward pass; use parallel.compile=false"
+        )
+    if launch.gpus_per_node and launch.nodes * launch.gpus_per_node != parallel.world_size:
+        mesh = " × ".join(f"{axis} {getattr(parallel, axis)}" for axis in MESH_AXES)
+        ranks = launch.nodes * launch.gpus_per_node
+        hint = f", or set parallel.{used[-1]}=-1 for all the rest" if used else ""
+        problems.append(
+            f"parallel: {mesh} = {parallel.world_size} ranks, but launch.nodes={launch.nodes} × "
+            f"launch.gpus_per_node={launch.gpus_per_node} = {ranks}. Make them equal{hint}"
+        )
+    return problems
 
 
 def _check_data(config: Config) -> list[str]:

@@ -15,11 +15,14 @@ SCHEMA_VERSION = 1  # raise it when the same config begins to mean another compu
 
 # Where and how a run is executed, shown and named, but not what it computes. Paths of data are excluded as
 # well: they differ between machines, and data.fingerprint says which tokens they hold.
-_EXCLUDED = ("launch", "track", "sweep", "model.name", "data.workers", "data.files", "data.tokenizer")
+_EXCLUDED = (
+    "checkpoint", "launch", "track", "sweep", "model.name", "data.workers", "data.files", "data.tokenizer",
+)  # fmt: skip
 
 
 def identity_fields(config: Config) -> dict[str, Any]:
-    """The settings that decide the result: no launch, tracking, names, paths, worker counts.
+    """The settings that decide the result: no checkpoints, launch, tracking, names, paths,
+    worker counts.
 
     Settings of the batch group that its schedule does not read are left out too, so that
     `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two.

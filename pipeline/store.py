@@ -1,9 +1,10 @@
 """The run directory: frozen config, status, lock and the metrics record.
 
-    runs/<id>/config.yaml  status.json  metrics.jsonl  checkpoints/  wandb/  logs/  lock
+    runs/<id>/config.yaml  status.json  metrics.jsonl  checkpoints/  wandb/  logs/  lock  stop
 
 Everything a reader may see is replaced atomically or appended as one whole line, so a reader (or a restart
-after kill -9) never meets half a file.
+after kill -9) never meets half a file. What a full disk refuses is tried again, and nothing half-written
+is left.
 """
 
 from __future__ import annotations
@@ -56,11 +57,22 @@ def write_atomically(path: Path, text: str) -> None:
     """Replaces `path` whole: a reader sees the old or the new text, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def report(line: str) -> None:
+    """Prints a line at once. The output is often a log in the run directory: a full disk, of which the line
+    may well tell, must not end the run. What was refused comes before the next line, up to some kilobytes."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.stop_file = self.path / "stop"
 
     @classmethod
     def of(cls, config: Config) -> RunDirectory:
@@ -184,6 +197,18 @@ class RunDirectory:
         except FileNotFoundError:
             return False
 
+    # stop
+
+    def request_stop(self) -> None:
+        """Asks the ranks to save a checkpoint and end at the next step."""
+        self.stop_file.touch()
+
+    def stop_requested(self) -> bool:
+        return self.stop_file.exists()
+
+    def clear_stop(self) -> None:
+        self.stop_file.unlink(missing_ok=True)
+
     # metrics
 
     def rows(self) -> list[Row]:
@@ -233,20 +258,47 @@ def supersede(rows: list[Row]) -> list[Row]:
 
 
 class MetricsWriter:
-    """Appends rows to metrics.jsonl, each as one write of one whole line."""
+    """Appends rows to metrics.jsonl, each as one whole line.
+
+    Rows that a full disk refuses wait in memory, in order, and are tried again with the next one: a run does
+    not end for want of a few bytes.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._waiting = bytearray()  # whole lines, but for the first, whose beginning may be in the file
+        self._warned = False
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         data = path.read_bytes()
         if not data.endswith(b"\n"):  # a write torn by a full disk or a power cut
             os.ftruncate(self._fd, data.rfind(b"\n") + 1)
 
     def write(self, row: Row) -> None:
-        os.write(self._fd, (json.dumps(_encode(row), allow_nan=False) + "\n").encode())
+        self._waiting += (json.dumps(_encode(row), allow_nan=False) + "\n").encode()
+        try:
+            self.flush()
+        except OSError as error:
+            if not self._warned:
+                report(f"{error}; the run goes on and keeps its rows in memory until they can be written")
+            self._warned = True
+
+    def flush(self) -> None:
+        """Writes what waits. Raises OSError, with the number of rows, when it cannot be written."""
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(self._fd, self._waiting)]
+        except OSError as error:
+            rows = self._waiting.count(b"\n")
+            message = f"{self._path.name}: {rows} rows could not be written ({error.strerror})"
+            raise OSError(error.errno, message) from error
 
     def close(self) -> None:
-        os.close(self._fd)
+        """Raises OSError when rows are left that cannot be written."""
+        try:
+            self.flush()
+        finally:
+            os.close(self._fd)
 
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

@@ -12,55 +12,51 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import pipeline.parallel as strategies
-from pipeline import checkpoint
 from pipeline.batch import schedule_class
 from pipeline.batch._interface import Decision, StepDone
-from pipeline.checkpoint import Progress
+from pipeline.checkpoint import Checkpointer, Progress
 from pipeline.config import Config, ConfigError
 from pipeline.data import Prefetcher, Stream, prepare
 from pipeline.gradients.capture import Capture, capture_for
+from pipeline.gradients.dtensor import local, shards
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
-from pipeline.model.init import initialise
-from pipeline.model.llama import Llama, loss_sum, prepare_blocks
+from pipeline.model.llama import Llama, loss_sum
 from pipeline.optim import adamw
 from pipeline.optim.learning_rate import learning_rate
+from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
-from pipeline.store import MetricsWriter, Row, RunDirectory, home
+from pipeline.store import MetricsWriter, Row, RunDirectory, home, report
 from pipeline.throughput import flops_per_token, peak_flops
 from pipeline.track import Tracker
 
 STATUS_INTERVAL_S = 0.5
+STOP_INTERVAL_S = 1.0  # between looks whether the run is to stop
 
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on; says at which step and why."""
 
 
-def train(config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> None:
-    """Runs `config` to the end of its budget, from the newest checkpoint if there is one."""
+def train(config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> bool:
+    """Runs `config`, from the newest checkpoint if there is one, to the end of its budget or to a stop that
+    somebody asks for. Whether it came to the end."""
     trainer = Trainer(config, run, attempt, ranks)
     exit_code = 1
     try:
         trainer.resume()
-        while not trainer.finished:
+        while not (trainer.finished or trainer.stop_agreed):
             trainer.step()
+            trainer.publish()
             if trainer.finished or trainer.crossed(config.eval.interval_tokens):
                 trainer.evaluate()
-            if trainer.finished or trainer.crossed(config.checkpoint.interval_tokens):
+            due = trainer.save_agreed or trainer.crossed(config.checkpoint.interval_tokens)
+            if trainer.finished or trainer.stop_agreed or due:
                 trainer.save()
-        exit_code = 0
+        exit_code = 0 if trainer.finished else 1
     finally:
         trainer.close(exit_code)
-
-
-def build_model(config: Config, device: torch.device) -> Llama:
-    """Weights that depend on (seed, parameter name) only, so every strategy starts equal."""
-    with torch.device("meta"):
-        model = Llama(config.model)
-    initialise(model, config.seed, device)
-    return prepare_blocks(model, config.parallel)
+    return trainer.finished
 
 
 class Trainer:
@@ -79,17 +75,22 @@ class Trainer:
         # A fixed order, so that every run is evaluated on the same held-out sequences.
         self.held_out = Stream(corpus.validation, self.length, seed=0)
 
-        strategy = strategies.load(config.parallel.strategy)
-        self.without_sync = strategy.without_sync
-        self.model: nn.Module = strategy.apply(build_model(config, self.device), ranks, config.parallel)
+        self.strategy = strategy_class(config.parallel.strategy)(config, ranks)
+        with torch.device("meta"):
+            model = Llama(config.model)
+        self.model: nn.Module = self.strategy.apply(model)
         self.optimizer = adamw.build(self.model, config.optim)
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.squared_norm = SquaredNorm([p.shape for p in self.parameters], self.device)
+        self.squared_norm = SquaredNorm(
+            [local(p).shape for p in self.parameters],
+            self.device,
+            [shards(p) / ranks.world_size for p in self.parameters],
+        )
 
         self.schedule = schedule_class(config.batch.schedule)(config)
         self.capture: Capture | None = None
-        if self.schedule.measures:
-            self.capture = capture_for(config.batch.estimator, self.model, self.device)
+        if self.schedule.needs:
+            self.capture = capture_for(self.schedule.needs, self.model, self.optimizer, ranks)
         state, first = self.schedule.start()
         self.progress = Progress(state, first, first.size)
         self.tokens_before = 0  # tokens seen before the step just done
@@ -97,8 +98,11 @@ class Trainer:
         self.metrics = MetricsWriter(run.metrics_file) if ranks.is_main else None
         self.tracker = Tracker(config, run, attempt) if ranks.is_main else None
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if self._on_gpu else None
+        self.checkpoints = Checkpointer(run, ranks, self.model, self.optimizer, self.metrics)
+        self.stop_agreed = self.save_agreed = False  # by all ranks, in the step just done
         self.resumed_at = time.perf_counter()  # training time runs from here
-        self.status_at = 0.0
+        self.status_at = self.stop_looked_at = 0.0
+        self.saved_at = time.monotonic()
 
     # --- where the run stands
 
@@ -170,7 +174,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         if capture:
-            capture.start_step()
+            capture.start_step([min(self.micro, size - start) for start in range(0, size, self.micro)])
+        whole = not self.config.parallel.shard_gradients
+        if capture and capture.whole is not None:
+            whole = capture.whole
         units = list(self._my_units(first, size))
         for index, (start, count) in enumerate(units):
             inputs, targets = self._on_device(self.data.take(start, max(count, 1)))
@@ -179,28 +186,46 @@ class Trainer:
             last = index + 1 == len(units)
             # The strategy averages over ranks: scaled so that the result is the mean over the whole batch.
             scale = count * self.ranks.data_ranks / size
-            with contextlib.ExitStack() as stack:
-                if not last:
-                    stack.enter_context(self.without_sync(self.model))
+            unit = index * self.ranks.data_ranks + self.ranks.data_rank
+            with self.strategy.micro_batch(self.model, last=last, whole=whole), self.strategy.loss():
                 unit_loss = self._loss(inputs, targets) / inputs.numel()
-                if capture:
-                    stack.enter_context(capture.unit(count, scale))
-                (unit_loss * scale).backward()
+                with capture.unit(unit) if capture else contextlib.nullcontext():
+                    (unit_loss * scale).backward()
             loss += unit_loss.detach() * (count / size)
+        self.strategy.complete_gradients(self.parameters)
 
-        squared = self.squared_norm([p.grad for p in self.parameters]) / self.ranks.world_size
-        own = [loss.view(1), squared.view(1), *([capture.sums()] if capture else [])]
-        mean_loss, mean_sq_norm, *sums = self.ranks.sum(torch.cat(own))
-        statistics = None
-        if sums:
-            statistics = GradientStatistics(
-                units=round(sums[2]),
-                sequences=size,
-                sum_weighted_sq_norm=sums[0],
-                sum_sq_norm=sums[1],
-                mean_sq_norm=mean_sq_norm,
-            )
+        # Ranks that share matrix products have the same loss.
+        own = [loss.view(1) / self.ranks.tensor_ranks, self._squared_norm().view(1), self._requests()]
+        if capture:
+            own.append(capture.sums())
+        mean_loss, mean_sq_norm, stop, save, *sums = self.ranks.sum(torch.cat(own))
+        self.stop_agreed, self.save_agreed = stop > 0, save > 0
+        statistics = capture.statistics(sums, mean_sq_norm) if capture else None
         return mean_loss, statistics, mean_sq_norm
+
+    def _requests(self) -> torch.Tensor:
+        """What the main rank asks of all, [stop, save], so that they agree on it in the sum of the step."""
+        wanted = [float(self._stop_requested()), float(self._save_due())]
+        return torch.tensor(wanted, dtype=torch.float64, device=self.device)
+
+    def _stop_requested(self) -> bool:
+        """Whether somebody asked for a stop, for rank 0 to tell the others; it looks now and then."""
+        now = time.monotonic()
+        if not self.ranks.is_main or now - self.stop_looked_at < STOP_INTERVAL_S:
+            return False
+        self.stop_looked_at = now
+        return self.run.stop_requested()
+
+    def _save_due(self) -> bool:
+        """Whether the last checkpoint is too long ago, for rank 0 to tell the others."""
+        minutes = self.config.checkpoint.interval_minutes
+        if not self.ranks.is_main or minutes is None:
+            return False
+        return time.monotonic() - self.saved_at > 60 * minutes
+
+    def _squared_norm(self) -> torch.Tensor:
+        """This rank's share of ‖g‖²."""
+        return self.squared_norm([local(p.grad) for p in self.parameters if p.grad is not None])
 
     def _my_units(self, first: int, size: int) -> Iterator[tuple[int, int]]:
         """(first sequence, sequences) of this rank's micro-batches: unit i of a step is always the same
@@ -221,16 +246,13 @@ class Trainer:
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Summed over tokens."""
-        if self.config.parallel.precision == "float32":
-            return loss_sum(self.model(inputs), targets)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16):
+        with self.strategy.autocast():
             return loss_sum(self.model(inputs), targets)
 
     def _update(self, norm: float, rate: float) -> None:
         clip = self.config.optim.clip
         if clip is not None and norm > clip:
-            total = torch.tensor(norm, device=self.device)
-            nn.utils.clip_grads_with_norm_(self.parameters, clip, total)
+            torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -253,9 +275,11 @@ class Trainer:
         total = min(self.config.eval.sequences, self.held_out.sequences_per_epoch)
         loss = torch.zeros(1, dtype=torch.float64, device=self.device)
         for start, count in self._my_units(0, total):
-            if count:
-                loss += self._loss(*self._on_device(self.held_out.read(start, count)))
-        (total_loss,) = self.ranks.sum(loss)
+            with self.strategy.loss():
+                # Also without a share: sharded parameters are gathered by all ranks together.
+                unit_loss = self._loss(*self._on_device(self.held_out.read(start, max(count, 1))))
+            loss += unit_loss if count else 0
+        (total_loss,) = self.ranks.sum(loss / self.ranks.tensor_ranks)
         if self.ranks.is_main:
             self._log({**self._clock(), "val/loss": total_loss / (total * self.length)})
         if not math.isfinite(total_loss):
@@ -264,18 +288,27 @@ class Trainer:
 
     @torch.no_grad()
     def save(self) -> None:
-        if not math.isfinite(self.squared_norm(self.parameters).item()):
+        (squared_norm,) = self.ranks.sum(self.squared_norm([local(p) for p in self.parameters]).view(1))
+        if not math.isfinite(squared_norm):
             raise TrainingFailed(f"step {self.progress.step}: the parameters are not finite; not saved")
-        checkpoint.save(self.run, self.ranks, self.model, self.optimizer, self.progress)
-        self.resumed_at = time.perf_counter()
+        self.checkpoints.save(self.progress, wait=self.finished or self.stop_agreed)
+        if self.stop_agreed and not self.finished and self.ranks.is_main:
+            report(f"stopped at step {self.progress.step}, {self.tokens} tokens, with a checkpoint")
+        self.resumed_at, self.saved_at = time.perf_counter(), time.monotonic()
+
+    def publish(self) -> None:
+        """Gives a checkpoint that has been written meanwhile its name."""
+        if self.checkpoints.poll():
+            self.resumed_at = time.perf_counter()
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint, or starts at the beginning."""
-        if saved := checkpoint.complete(self.run):
-            self.progress = checkpoint.restore(saved[-1], self.model, self.optimizer)
+        if saved := self.checkpoints.restore():
+            self.progress = saved
             if self.ranks.is_main:
-                print(f"resumed at step {self.progress.step}, {self.tokens} tokens", flush=True)
-        self.resumed_at = time.perf_counter()
+                report(f"resumed at step {self.progress.step}, {self.tokens} tokens")
+        self.stop_agreed = self.ranks.from_main(self.run.stop_requested())
+        self.resumed_at, self.saved_at = time.perf_counter(), time.monotonic()
 
     def _clock(self) -> Row:
         progress = self.progress
@@ -328,10 +361,13 @@ class Trainer:
         now = time.monotonic()
         if now - self.status_at > STATUS_INTERVAL_S or self.finished:
             self.status_at = now
-            self.run.update_status(step=row["step"], tokens_seen=row["tokens"])
+            with contextlib.suppress(OSError):  # a full disk; the next one tells
+                self.run.update_status(step=row["step"], tokens_seen=row["tokens"])
 
     def close(self, exit_code: int) -> None:
         self.data.close()
+        self.checkpoints.close()
         if self.tracker and self.metrics:
             self.tracker.finish(exit_code)
-            self.metrics.close()
+            with contextlib.suppress(OSError):  # rows no checkpoint covers: the next attempt does them again
+                self.metrics.close()

@@ -6,10 +6,13 @@ Started plainly it is the supervisor: it takes the run's lock, starts one proces
 elastic launcher, and turns however they end into the run's status. The ranks are this module again, told
 apart by the environment. Exit codes: 0 done (or somebody else is at it), 1 failed, 2 the request
 is wrong (no such run directory, device or data), 128 + n stopped by signal n.
+
+A signal stops the run at its next step, with a checkpoint; a second one at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -20,15 +23,17 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from pipeline.config import Config, ConfigError, check
-from pipeline.store import AlreadyRunning, RunDirectory, home, python
+from pipeline.store import AlreadyRunning, RunDirectory, home, python, report
 
 ATTEMPT_VARIABLE = "CRESCENDO_ATTEMPT"
 SUPERVISOR_VARIABLE = "CRESCENDO_SUPERVISOR"  # its process id, for the ranks
 PROGRESS_INTERVAL_S = 5.0
 SHUTDOWN_TIMEOUT_S = 10
+# For the step at work and the checkpoint after it, when a signal asks for a stop.
+STOP_GRACE_S = float(os.environ.get("CRESCENDO_STOP_GRACE_S") or 120)
 WRONG_REQUEST = 2
 
 
@@ -64,8 +69,9 @@ def supervise(config: Config, run: RunDirectory) -> int:
         if status and status.state == "DONE":
             print(f"run {run.id} is done: {run.path}")
             return 0
-        stops = Stops()
+        stops = Stops(run)
         attempt = status.attempt + 1 if status else 1
+        run.clear_stop()
         run.update_status(
             state="RUNNING",
             attempt=attempt,
@@ -78,45 +84,83 @@ def supervise(config: Config, run: RunDirectory) -> int:
             exit_code=None,
             error=None,
         )
-        print(f"run {run.id}: attempt {attempt}, logs in {run.logs}", flush=True)
+        report(f"run {run.id}: attempt {attempt}, logs in {run.logs}")
         finished = threading.Event()
         reporter = threading.Thread(target=_report_progress, args=(run, finished), daemon=True)
         reporter.start()
         try:
             state, exit_code, error = _run_ranks(config, run, attempt, stops)
-        except KeyboardInterrupt as stop:
-            name = signal.Signals(stop.args[0]).name
-            state, exit_code, error = "CANCELLED", 128 + stop.args[0], f"stopped by {name}"
+        except KeyboardInterrupt:
+            state, exit_code, error = stops.outcome()
         finally:
+            stops.ignore()
+            run.clear_stop()
             finished.set()
             reporter.join()
-        run.update_status(state=state, exit_code=exit_code, error=error)
-        print(f"run {run.id}: {state}" + (f": {error}" if error else ""))
-        print(_conclusion(run) if state == "DONE" else f"again, from the newest checkpoint: {_again(run)}")
+        try:
+            run.update_status(state=state, exit_code=exit_code, error=error)
+        except OSError as full:
+            report(f"status.json could not be written: {full.strerror}")
+        report(f"run {run.id}: {state}" + (f": {error}" if error else ""))
+        report(_conclusion(run) if state == "DONE" else f"again, from the newest checkpoint: {_again(run)}")
         return exit_code
 
 
 class Stops:
-    """SIGTERM and SIGINT, only noted until `act`, then raised as KeyboardInterrupt(number).
+    """Signals that ask this run to stop.
 
-    An exception that a signal raises somewhere inside `import torch` may be swallowed there.
+    At first they are only noted: an exception that a signal raises somewhere inside `import torch` may be
+    swallowed there. After `act` they are raised, as KeyboardInterrupt. After `ask_first` the first one asks
+    the ranks to stop at their next step; what comes then, a signal or the end of the grace period, is raised.
+    Signals that were ignored when the process began (nohup) stay ignored.
     """
 
-    def __init__(self) -> None:
-        self._number: int | None = None
-        self._acting = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._number: int | None = None  # of the first
+        self._answer: Literal["note", "raise", "ask first", "ignore"] = "note"
+        self._overdue = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._receive)
+        signal.signal(signal.SIGALRM, self._receive)
 
     def act(self) -> None:
-        self._acting = True
+        self._answer = "raise"
         if self._number is not None:
-            raise KeyboardInterrupt(self._number)
+            raise KeyboardInterrupt
+
+    def ask_first(self) -> None:
+        self._answer = "ask first"
+
+    def ignore(self) -> None:
+        self._answer = "ignore"
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def outcome(self) -> tuple[str, int, str]:
+        """(state, exit code, error) of an attempt that was stopped."""
+        number = self._number or signal.SIGTERM  # without a signal: somebody else wrote the stop file
+        late = f"; no checkpoint within {STOP_GRACE_S:g} s" if self._overdue else ""
+        return "CANCELLED", 128 + number, f"stopped by {signal.Signals(number).name}{late}"
 
     def _receive(self, number: int, frame: object) -> None:
-        self._number = number
-        if self._acting:
-            raise KeyboardInterrupt(number)
+        first = self._number is None
+        self._number = self._number or number
+        if self._answer == "ask first" and first:
+            self._ask()
+        elif self._answer in ("raise", "ask first"):
+            self._overdue = number == signal.SIGALRM
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            raise KeyboardInterrupt
+
+    def _ask(self) -> None:
+        try:
+            self._run.request_stop()
+        except OSError:  # a disk without room for an empty file has none for a checkpoint
+            raise KeyboardInterrupt from None
+        signal.setitimer(signal.ITIMER_REAL, STOP_GRACE_S)
+        with contextlib.suppress(OSError):  # not `print`, inside which the signal may have arrived
+            os.write(1, b"stopping at the next step, with a checkpoint; once more to stop at once\n")
 
 
 def _conclusion(run: RunDirectory) -> str:
@@ -137,8 +181,7 @@ def _again(run: RunDirectory) -> str:
 
 
 def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) -> tuple[str, int, str | None]:
-    """(state, exit code, error) of one attempt. Raises KeyboardInterrupt(signal number) when stopped."""
-    from torch.distributed.elastic.multiprocessing import SignalException
+    """(state, exit code, error) of one attempt. Raises KeyboardInterrupt when it is to end at once."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -159,13 +202,15 @@ def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) ->
         max_restarts=0,
         monitor_interval=0.05,
         shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+        signals_to_handle="",  # `stops` does
         local_addr="localhost",
     )
     command = [sys.executable, "-m", "pipeline.worker", str(run.path)]
     stops.act()
     try:
         # Before the ranks start, so that none of them waits in a collective for another's tokenising.
-        prepare(config.data, home() / "corpora", report=print, progress=sys.stdout.isatty())
+        prepare(config.data, home() / "corpora", report=report, progress=sys.stdout.isatty())
+        stops.ask_first()
         elastic_launch(launch, command[0])(*command[1:])
     except ConfigError as error:
         return "FAILED", WRONG_REQUEST, str(error)
@@ -173,9 +218,8 @@ def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) ->
         _, first = failure.get_first_failure()
         exit_code = WRONG_REQUEST if first.exitcode == WRONG_REQUEST else 1
         return "FAILED", exit_code, _cause(run, attempt, failure)
-    except SignalException as stop:
-        raise KeyboardInterrupt(int(stop.sigval)) from None
-    return "DONE", 0, None
+    status = run.status()
+    return stops.outcome() if status and status.state == "CANCELLED" else ("DONE", 0, None)
 
 
 def threads_per_rank(config: Config, runs_at_a_time: int) -> int:
@@ -192,10 +236,10 @@ def _cause(run: RunDirectory, attempt: int, failure: Exception) -> str:
     if first.exitcode < 0:
         name = signal.Signals(-first.exitcode).name
         return f"rank {rank} was killed by {name} (signal {-first.exitcode}) after step {step}"
-    try:
-        return f"rank {rank}: {error_file(run, attempt, rank).read_text(encoding='utf-8')}"
-    except FileNotFoundError:
-        return f"rank {rank} exited with code {first.exitcode} after step {step}; see {run.logs}"
+    with contextlib.suppress(FileNotFoundError):
+        if line := error_file(run, attempt, rank).read_text(encoding="utf-8"):
+            return f"rank {rank}: {line}"
+    return f"rank {rank} exited with code {first.exitcode} after step {step}; see {run.logs}"
 
 
 def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
@@ -207,11 +251,10 @@ def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
             continue
         rate = (row["tokens"] - tokens) / (row["time"] - seconds)
         tokens, seconds = row["tokens"], row["time"]
-        print(
+        report(
             f"step {row['step']}  {tokens / max(1, status.budget_tokens):4.0%} of "
             f"{status.budget_tokens:,} tokens  loss {row['train/loss']:.4f}  "
-            f"batch {row['batch/size']}  {rate:,.0f} tokens/s",
-            flush=True,
+            f"batch {row['batch/size']}  {rate:,.0f} tokens/s"
         )
 
 
@@ -240,15 +283,19 @@ def run_rank(config: Config, run: RunDirectory) -> NoReturn:
         from pipeline.train import train
 
         with process_group(config) as ranks:
-            train(config, run, attempt, ranks)
+            finished = train(config, run, attempt, ranks)
+        if not finished and rank == 0:
+            run.update_status(state="CANCELLED")  # so the supervisor knows that the ranks followed its wish
     except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # a full disk
+            traceback.print_exc()
+            sys.stderr.flush()
         if _lost_a_peer(error):
             # The rank that died first is the cause; this one only noticed. Let it be seen first.
             time.sleep(1.0)
         line = f"{type(error).__name__}: {error}".splitlines()[0]
-        error_file(run, attempt, rank).write_text(line, encoding="utf-8")
+        with contextlib.suppress(OSError):
+            error_file(run, attempt, rank).write_text(line, encoding="utf-8")
         # Other ranks may be inside a collective that will never complete: leave without waiting for them.
         os._exit(WRONG_REQUEST if isinstance(error, ConfigError) else 1)
     # All is on disk; the interpreter's own exit would wait for whatever wandb still wants to do.

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.disk import mounted
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("crescendo", deadline=None)
@@ -17,6 +20,14 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CRESCENDO_HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
     return tmp_path
+
+
+@pytest.fixture
+def small_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh CRESCENDO_HOME on a disk of 16 MiB."""
+    with mounted(home / "disk", "16m") as disk:
+        monkeypatch.setenv("CRESCENDO_HOME", str(disk))
+        yield disk
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config
+from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import RunDirectory
 from pipeline.train import train
@@ -51,6 +52,13 @@ def _rank(
         dist.destroy_process_group()
 
 
+def on_ranks(config: Config, function: Callable[..., object], *arguments: object) -> list[Any]:
+    """`function(rank, *arguments)` on each rank of the config's mesh."""
+    if not strategy_class(config.parallel.strategy).axes:
+        return [function(0, *arguments)]
+    return gloo_ranks(config.parallel.world_size, function, *arguments)
+
+
 def ranks_of(config: Config, rank: int = 0) -> Ranks:
     parallel = config.parallel
     return Ranks(rank, parallel.world_size, rank // parallel.tensor, parallel.data_ranks, torch.device("cpu"))
@@ -65,7 +73,7 @@ def train_here(config: Config, attempt: int = 1) -> RunDirectory:
     """Trains `config` without a supervisor, in this process or (several ranks) in gloo processes."""
     run = RunDirectory.of(config)
     run.freeze(config)
-    if config.parallel.world_size == 1:
+    if not strategy_class(config.parallel.strategy).axes:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

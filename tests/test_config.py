@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
+import pipeline.parallel as strategies
 from pipeline.config import ConfigError, known_keys, parse, parse_tokens, to_tree
-from tests.support import compose_tree, config
+from tests.support import ROOT, compose_tree, config
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,74 @@ def test_every_setting_has_its_default_in_the_composed_tree():
     with pytest.raises(ConfigError, match="seed: missing"):
         parse(missing)
     assert "batch.eta" in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel=ddp", "parallel.shard=2"], "parallel.shard=2: parallel=ddp does not use this axis"),
+        (["parallel=fsdp", "parallel.replicate=2"], "parallel.replicate=2: parallel=fsdp does not use this"),
+        (["parallel=hsdp", "parallel.tensor=2"], "parallel.tensor=2: parallel=hsdp does not use this axis"),
+        (["parallel=tp", "parallel.shard=0"], "parallel.shard=0: must be above 0, or -1 for the rest"),
+        (["parallel=fsdp", "parallel.shard=-1"], "the rest of how many ranks.* Set launch.gpus_per_node"),
+        (
+            ["parallel=fsdp_tp", "parallel.shard=-1", "parallel.tensor=-1", "launch.gpus_per_node=8"],
+            "parallel.shard=-1 and parallel.tensor=-1: only one axis can be the rest",
+        ),
+        (
+            ["parallel=fsdp_tp", "parallel.shard=-1", "parallel.tensor=3", "launch.gpus_per_node=8"],
+            r"= 8 ranks cannot be divided by the other axes' 3. Nearest number of ranks: 6 or 9",
+        ),
+        (
+            ["parallel=hsdp", "launch.gpus_per_node=8"],
+            r"replicate 2 × shard 2 × tensor 1 = 4 ranks, but launch.nodes=1 × launch.gpus_per_node=8 = 8. "
+            r"Make them equal, or set parallel.shard=-1",
+        ),
+        (["parallel=tp", "parallel.tensor=3"], "model.heads=4: not divisible by parallel.tensor = 3"),
+        (["parallel=tp", "parallel.tensor=4"], "model.kv_heads=2: not divisible by parallel.tensor = 4"),
+        (
+            ["parallel=tp", "model.ffn=171"],
+            "model.ffn=171: not divisible by .* = 2. Nearest model.ffn: 170 or 172",
+        ),
+        (["parallel=tp", "model.vocab=273"], "model.vocab=273: not divisible by parallel.tensor = 2"),
+        (
+            ["parallel=fsdp_tp", "data.sequence_length=63"],
+            "data.sequence_length=63: not divisible by parallel.tensor",
+        ),
+        (
+            ["parallel=tp", "batch=norm_test", "batch.estimator=worker"],
+            r"parallel=tp \(replicate 1, shard 1, tensor 2\) does not show",
+        ),
+        (["parallel=hsdp", "parallel.shard=1", "batch=norm_test", "batch.estimator=paper"], "does not show"),
+        (
+            ["parallel=ddp", "batch=norm_test", "batch.estimator=worker", "batch.measured_units=2"],
+            "batch.measured_units=2: counts micro-batches",
+        ),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(overrides: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        config(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mesh"),
+    [
+        (["parallel=ddp", "parallel.replicate=-1"], (8, 1, 1)),
+        (["parallel=fsdp", "parallel.shard=-1"], (1, 8, 1)),
+        (["parallel=hsdp", "parallel.replicate=-1"], (4, 2, 1)),
+        (["parallel=fsdp_tp", "parallel.replicate=2", "parallel.shard=-1"], (2, 2, 2)),
+    ],
+)
+def test_one_axis_can_be_the_rest_of_the_ranks(overrides: list[str], mesh: tuple[int, int, int]):
+    """And the frozen config, whose hash is the run's id, names the number."""
+    parallel = config(*overrides, "launch.nodes=2", "launch.gpus_per_node=4").parallel
+    assert (parallel.replicate, parallel.shard, parallel.tensor) == mesh
+
+
+def test_every_parallel_option_sets_the_same_keys():
+    keys = {
+        path.stem: yaml.safe_load(path.read_text()).keys() for path in (ROOT / "conf/parallel").glob("*.yaml")
+    }
+    assert sorted(keys) == strategies.names()
+    assert set(map(tuple, keys.values())) == {("strategy", "replicate", "shard", "tensor")}

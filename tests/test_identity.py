@@ -24,6 +24,7 @@ def test_ten_hex_digits_of_the_canonical_json():
         ["launch.device=cpu", "launch.max_parallel=4", "launch.cpus_per_task=2"],
         ["track=disabled", "track.project=other", "track.every=1", "track.tags=[a]"],
         ["sweep.name=other", "sweep.strict=true"],
+        ["checkpoint.interval_tokens=1k", "checkpoint.interval_minutes=null"],
         ["data.workers=3", "data.files=[elsewhere.txt]"],
         ["optim.lr=0.003", "budget.tokens=2000000", "optim.clip=1"],  # the defaults, written differently
         ["batch.eta=0.1", "batch.max_size=64"],  # constant reads neither

@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import ConfigError
-from pipeline.store import AlreadyRunning, MetricsWriter, RunDirectory, read_rows, supersede, write_atomically
+from pipeline.store import (
+    AlreadyRunning,
+    MetricsWriter,
+    RunDirectory,
+    read_rows,
+    report,
+    supersede,
+    write_atomically,
+)
+from tests.disk import fill
 from tests.support import config
 
 
@@ -113,6 +122,55 @@ def test_a_torn_last_line_is_ignored_and_then_repaired(tmp_path: Path):
     writer.write(row(2))
     writer.close()
     assert [r["step"] for r in read_rows(path)] == [1, 2]
+
+
+def test_a_full_disk_keeps_rows_in_memory_and_tears_none(
+    small_disk: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = small_disk / "metrics.jsonl"
+    writer = MetricsWriter(path)
+    fill(small_disk, leave=4096)
+    for step in range(50):  # one page has room for about 20, the last of them in part
+        writer.write(row(step, note="x" * 150))
+    written = len(read_rows(path))
+    assert 0 < written < 30 and not path.read_bytes().endswith(b"\n")
+    with pytest.raises(OSError, match=rf"metrics.jsonl: {50 - written} rows could not be written \(No space"):
+        writer.flush()
+    (small_disk / "ballast").unlink()
+    writer.write(row(50))
+    assert [r["step"] for r in read_rows(path)] == list(range(51))
+    fill(small_disk, leave=0)
+    for step in range(51, 100):
+        writer.write(row(step, note="x" * 150))
+    with pytest.raises(OSError, match="rows could not be written"):
+        writer.close()
+    assert capsys.readouterr().out.count("the run goes on") == 1
+    (small_disk / "ballast").unlink()
+    following = MetricsWriter(path)
+    following.write(row(7, attempt=2))
+    following.close()
+    steps = [r["step"] for r in read_rows(path)]
+    assert steps[:-1] == list(range(len(steps) - 1)) and steps[-1] == 7
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(small_disk: Path):
+    path = small_disk / "status.json"
+    write_atomically(path, "the old text")
+    fill(small_disk, leave=0)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, "x" * 100_000)
+    assert path.read_text() == "the old text"
+    assert sorted(p.name for p in small_disk.iterdir()) == ["ballast", "status.json"]
+
+
+def test_a_line_about_a_full_disk_does_not_fail_on_it(small_disk: Path, monkeypatch: pytest.MonkeyPatch):
+    with open(small_disk / "log", "w") as log:
+        monkeypatch.setattr(sys, "stdout", log)
+        fill(small_disk, leave=0)
+        report("the first line")
+        (small_disk / "ballast").unlink()
+        report("the second")
+    assert (small_disk / "log").read_text() == "the first line\nthe second\n"
 
 
 def test_later_attempts_replace_what_they_did_again():

@@ -6,14 +6,26 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pipeline.batch._interface import Decision, State, StepDone, round_up
+from pipeline.batch._interface import Decision, Needs, State, StepDone, round_up
+from pipeline.parallel import strategy_class
 
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.gradients.statistics import GradientStatistics
 
 GUARDS = frozenset(
-    ["size", "max_size", "round_to", "estimator", "interval", "ema", "growth_cap", "hold_tokens", "monotone"]
+    [
+        "size",
+        "max_size",
+        "round_to",
+        "estimator",
+        "measured_units",
+        "interval",
+        "ema",
+        "growth_cap",
+        "hold_tokens",
+        "monotone",
+    ]
 )
 
 
@@ -25,10 +37,13 @@ class Adaptive:
     """
 
     settings = GUARDS
-    measures = True
 
     def __init__(self, config: Config) -> None:
         self.batch = config.batch
+        if self.batch.estimator == "microbatch":
+            self.needs = Needs("microbatch", self.batch.measured_units)
+        else:
+            self.needs = Needs("worker")
         self.multiple = config.batch_multiple
         self.first = round_up(self.batch.size, self.multiple)
         # The cap must itself be a multiple: the largest one that does not exceed max_size.
@@ -36,7 +51,7 @@ class Adaptive:
 
     @staticmethod
     def check(config: Config) -> list[str]:
-        batch, ranks, micro = config.batch, config.parallel.data_ranks, config.data.micro_batch
+        batch, micro = config.batch, config.data.micro_batch
         problems = []
         if batch.max_size is None:
             problems.append(
@@ -54,10 +69,18 @@ class Adaptive:
                 f"data.micro_batch={micro}. Nearest batch.size: {2 * micro}; "
                 f"or data.micro_batch={max(1, batch.size // 2)}"
             )
-        if batch.estimator != "microbatch" and ranks < 2:
+        parallel = config.parallel
+        if batch.estimator != "microbatch" and not strategy_class(parallel.strategy).shows_workers(parallel):
+            axes = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in ("replicate", "shard", "tensor"))
             problems.append(
-                f"batch.estimator={batch.estimator}: compares data-parallel ranks and there is only one. "
-                f"Use batch.estimator=microbatch, or parallel=ddp"
+                f"batch.estimator={batch.estimator}: compares the gradients of data-parallel ranks, which "
+                f"parallel={parallel.strategy} ({axes}) does not show. Use batch.estimator=microbatch, "
+                f"parallel=ddp, or a parallel.shard of at least 2"
+            )
+        if batch.estimator != "microbatch" and batch.measured_units is not None:
+            problems.append(
+                f"batch.measured_units={batch.measured_units}: counts micro-batches; "
+                f"batch.estimator={batch.estimator} needs it to be null"
             )
         return problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -41,11 +41,21 @@ class Decision:
     log: dict[str, float]  # what the test computed, by metric name
 
 
+@dataclass(frozen=True)
+class Needs:
+    """The gradient statistics that a schedule decides from."""
+
+    units: Literal["microbatch", "worker"]  # whose gradients are compared
+    measured_units: int | None = None  # microbatch: the first so many of a step; None: all
+    direction: Literal["momentum", "previous"] | None = None  # microbatch: products ⟨g_j, d⟩ with it
+    coordinates: bool = False  # worker: the variance of every coordinate
+
+
 class BatchSchedule(Protocol):
     """One schedule. Pure: the same state, step and statistics always give the same decision."""
 
     settings: ClassVar[frozenset[str]]  # the batch.* settings that can change its decisions
-    measures: ClassVar[bool]  # whether it ever wants statistics; if not, nothing is installed to take them
+    needs: Needs | None  # None: it never wants statistics, and nothing is installed to take them
     largest: int  # sequences: no decision is above this
 
     def __init__(self, config: Config) -> None: ...
@@ -90,7 +100,7 @@ def plan(config: Config) -> BatchPlan:
     schedule = schedule_class(config.batch.schedule)(config)
     state, decision = schedule.start()
     first = decision.size
-    if schedule.measures:
+    if schedule.needs:
         return BatchPlan(None, first, schedule.largest)
     sizes: list[int] = []
     seen, length = 0, config.data.sequence_length

@@ -15,7 +15,7 @@ class Schedule:
     """`batch.size` sequences in every step, rounded up to a multiple."""
 
     settings = frozenset({"size", "round_to"})
-    measures = False
+    needs = None
 
     def __init__(self, config: Config) -> None:
         size = config.batch.size

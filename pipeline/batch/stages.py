@@ -20,7 +20,7 @@ class Schedule:
     """
 
     settings = frozenset({"sizes", "fractions", "round_to"})
-    measures = False
+    needs = None
 
     def __init__(self, config: Config) -> None:
         assert config.batch.sizes and config.batch.fractions

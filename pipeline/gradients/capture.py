@@ -1,31 +1,47 @@
-"""Which way to see gradients a batch estimator needs."""
+"""Which way to see gradients a schedule's needs call for."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.batch._interface import Needs
+from pipeline.gradients.direction import Direction, Momentum, Previous
 from pipeline.gradients.microbatch import MicrobatchCapture
+from pipeline.gradients.statistics import GradientStatistics
 from pipeline.gradients.worker import WorkerCapture
+from pipeline.parallel._ranks import Ranks
 
 
 class Capture(Protocol):
     """Sees the gradients of the units of one optimizer step; see the files for what a unit is."""
 
-    def start_step(self) -> None: ...
+    @property
+    def whole(self) -> bool | None:
+        """Whether ranks must keep their gradients whole until the step's last micro-batch, or must not."""
+        ...
 
-    def unit(self, sequences: int, scale: float) -> contextlib.AbstractContextManager[None]: ...
+    def start_step(self, counts: Sequence[int]) -> None: ...
+
+    def unit(self, index: int) -> contextlib.AbstractContextManager[None]: ...
 
     def sums(self) -> torch.Tensor: ...
 
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics: ...
 
-def capture_for(estimator: str, model: nn.Module, device: torch.device) -> Capture:
-    """`microbatch`, or `worker` and `paper`, which look at the same units."""
-    if estimator == "microbatch":
-        return MicrobatchCapture(model, device)
-    assert isinstance(model, DistributedDataParallel), "one rank has no other worker to be compared with"
-    return WorkerCapture(model, device)
+
+def capture_for(needs: Needs, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Capture:
+    """To be called by all ranks, after the model is distributed and has its weights."""
+    if needs.units == "worker":
+        return WorkerCapture(model, ranks, needs.coordinates)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    direction: Direction | None = None
+    if needs.direction == "momentum":
+        direction = Momentum(parameters, optimizer)
+    elif needs.direction == "previous":
+        direction = Previous(parameters)
+    return MicrobatchCapture(model, ranks, needs.measured_units, direction)

@@ -1,63 +1,176 @@
 """Units = micro-batches: a hook on each autograd leaf sees one rank's gradient of one micro-batch.
 
-It runs before the gradient is accumulated, averaged over ranks or divided, on every strategy whose leaves
-are whole parameters. Cost: one read of each gradient, and one float32 number per matrix row.
+It runs before the gradient is accumulated, averaged over ranks or divided, under every strategy. Cost: one
+read of each gradient, and one float32 number per matrix row. With tensor parallel alone also one all-reduce
+of the norm weights' gradients at each micro-batch, (2·layers + 1)·width elements: each tensor-parallel rank
+has the part of its tokens, and parts of a vector do not tell its norm.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+from pipeline.gradients.direction import Direction
+from pipeline.gradients.dtensor import is_partial, local, mesh_axis, shards, sum_together
+from pipeline.gradients.leaves import leaves
 from pipeline.gradients.norms import SquaredNorm, write_row_norms
+from pipeline.gradients.projections import LeafProjections, ShardProjections
+from pipeline.gradients.statistics import GradientStatistics, Projections
+from pipeline.parallel._ranks import Ranks
 
 
 class MicrobatchCapture:
-    """Sums Σ n_j‖g_j‖² and Σ‖g_j‖² over the micro-batches of this rank in one optimizer step."""
+    """Sums Σ n_j‖g_j‖² and Σ‖g_j‖² over micro-batches of one optimizer step, and products with a direction.
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        leaves = [p for p in model.parameters() if p.requires_grad]
-        self._norm = SquaredNorm([p.shape for p in leaves], device)
-        self._seen = [False] * len(leaves)
+    `limit`: only the first so many micro-batches of a step are measured, whichever rank has them.
+    """
+
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, limit: int | None = None, direction: Direction | None = None
+    ) -> None:
+        by_name = leaves(model)
+        self._leaves = list(by_name.values())
+        # Of a leaf's gradient; ranks that share matrix products hold parts of it, or all the whole.
+        shares = [shards(leaf) / ranks.tensor_ranks for leaf in self._leaves]
+        self._ranks, self._limit = ranks, limit
+        self._norm = SquaredNorm([local(leaf).shape for leaf in self._leaves], ranks.device, shares)
+        self._seen = [False] * len(self._leaves)
+        self._partial: list[tuple[int, torch.Tensor]] = []
         self._active = False
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
-        for index, leaf in enumerate(leaves):
-            leaf.register_hook(self._hook(index))
+        self._sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
 
-    def _hook(self, index: int) -> Callable[[torch.Tensor], None]:
-        slot = self._norm.rows[index]
+        fully_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        self._sums_partial_here = not fully_sharded  # FSDP2 needs them summed at once
+        self._direction = direction
+        self._projections: LeafProjections | ShardProjections | None = None
+        parameters = list(model.parameters())
+        if direction:
+            shard_axis = mesh_axis(parameters[0], "shard") if fully_sharded else None
+            if shard_axis and shard_axis.size() > 1:
+                self._projections = ShardProjections(model, by_name, direction, shares, ranks)
+            else:
+                self._projections = LeafProjections(direction, shares, ranks.device)
+            self._direction_norm = SquaredNorm(
+                [local(parameter).shape for parameter in parameters],
+                ranks.device,
+                [shards(parameter) / ranks.world_size for parameter in parameters],
+            )
+        for index, leaf in enumerate(self._leaves):
+            leaf.register_hook(self._hook(index, leaf))
 
-        def see(gradient: torch.Tensor) -> None:
-            if self._active:
-                # Two gradients of one leaf in one backward pass would each be a part of it.
-                assert not self._seen[index], "a parameter received two partial gradients"
-                self._seen[index] = True
-                write_row_norms(gradient.detach(), slot)
+    @property
+    def whole(self) -> bool | None:
+        """Whether ranks must keep their gradients whole until the step's last micro-batch, or must not."""
+        return self._projecting.whole if self._projecting else None
+
+    # --- in the backward pass
+
+    def _hook(self, index: int, leaf: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        layout = leaf.placements if isinstance(leaf, DTensor) else None
+
+        def see(gradient: torch.Tensor) -> torch.Tensor | None:
+            if not self._active:
+                return None
+            # Two gradients of one leaf in one backward pass would each be a part of it.
+            assert not self._seen[index], "a parameter received two partial gradients"
+            self._seen[index] = True
+            if is_partial(gradient) and self._sums_partial_here:
+                self._partial.append((index, gradient.detach()))
+                return None
+            if not isinstance(gradient, DTensor) or gradient.placements == layout:
+                self._see(index, gradient)
+                return None
+            gradient = gradient.redistribute(placements=layout)
+            self._see(index, gradient)
+            return gradient  # FSDP2 would redistribute it again
 
         return see
 
-    def start_step(self) -> None:
+    def _see(self, index: int, gradient: torch.Tensor) -> None:
+        own = local(gradient.detach())
+        write_row_norms(own, self._norm.rows[index])
+        if self._projecting:
+            self._projecting.see(index, own)
+
+    # --- one step
+
+    def start_step(self, counts: Sequence[int]) -> None:
+        """`counts`: sequences of each micro-batch of the step, over all ranks."""
+        self._counts = counts[: self._limit]
+        self._step_sequences = sum(counts)
         self._sums.zero_()
+        # Before the first update there may be no direction: the same on all ranks.
+        known = self._direction is not None and self._direction.known
+        self._projecting = self._projections if known else None
+        if self._projecting:
+            self._projecting.start_step(-(-len(counts) // self._ranks.data_ranks) * self._ranks.data_ranks)
 
     @contextlib.contextmanager
-    def unit(self, sequences: int, scale: float) -> Iterator[None]:
-        """Around the backward pass of `scale` × (mean loss of a micro-batch of `sequences`)."""
-        if sequences == 0:  # this rank has no share in the last micro-batches of the run
-            yield
-            return
-        self._active = True
+    def unit(self, index: int) -> Iterator[None]:
+        """Around the backward pass of micro-batch `index` of the step, of its share of the mean loss."""
+        first_of_round = index - self._ranks.data_rank
+        projecting = self._projecting if first_of_round < len(self._counts) else None
+        if projecting:  # on all ranks alike: the exchange takes all of them
+            projecting.start_unit(index)
+        # At the end of the budget this rank may have no share in the last micro-batches.
+        self._active = index < len(self._counts) and self._counts[index] > 0
         try:
             yield
+            if self._active:
+                self._add(index)
         finally:
             self._active = False
-        assert all(self._seen), "a parameter received no gradient"
+            if projecting:
+                projecting.end_unit()
+
+    def _add(self, index: int) -> None:
+        assert len(self._partial) + sum(self._seen) >= len(self._seen), "a parameter received no gradient"
         self._seen = [False] * len(self._seen)
-        squared = self._norm.total() / scale**2
-        self._sums += torch.stack([sequences * squared, squared, torch.ones_like(squared)])
+        for (leaf, _), whole in zip(
+            self._partial, sum_together([gradient for _, gradient in self._partial]), strict=True
+        ):
+            self._see(leaf, whole)
+        self._partial.clear()
+        squared = self._norm.total() / self._scale(index) ** 2
+        self._sums += torch.stack([self._counts[index] * squared, squared])
+
+    def _scale(self, index: int) -> float:
+        """What the mean loss of a micro-batch was multiplied with, so that the average over ranks and the sum
+        over micro-batches are the step's mean."""
+        return self._counts[index] * self._ranks.data_ranks / self._step_sequences
 
     def sums(self) -> torch.Tensor:
-        """[Σ n_j‖g_j‖², Σ‖g_j‖², units] of this rank, float64; to be summed over ranks."""
-        return self._sums
+        """This rank's part of what `statistics` needs, float64; to be summed over all ranks. Called when
+        `.grad` is complete and before it is clipped."""
+        parts = [self._sums]
+        if self._projecting and self._direction:
+            parts += [self._direction_norm(self._direction.parts()).view(1), self._projecting.products]
+        if self._direction:
+            self._direction.step_done()
+        return torch.cat(parts)
+
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
+        measured = [(i, count) for i, count in enumerate(self._counts) if count]
+        along = None
+        if self._projecting:
+            sq_norm, *products = sums[2:]
+            along = Projections(
+                sequences=tuple(count for _, count in measured),
+                products=tuple(products[i] / self._scale(i) for i, _ in measured),
+                sq_norm=sq_norm,
+            )
+        return GradientStatistics(
+            units=len(measured),
+            sequences=self._step_sequences,
+            measured_sequences=sum(self._counts),
+            sum_weighted_sq_norm=sums[0],
+            sum_sq_norm=sums[1],
+            mean_sq_norm=mean_sq_norm,
+            along=along,
+        )

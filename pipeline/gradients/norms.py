@@ -1,4 +1,4 @@
-"""Squared norms that can be subtracted from each other.
+"""Squared norms and inner products that can be subtracted from each other.
 
 tr Σ is a difference of nearly equal sums, and float32 norms of large flat tensors are off by up to 1e-2 on
 a CPU (65M elements). Norms of rows in float32, squared and summed in float64, are off by 1e-8 at the same
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 FLAT_ROW = 4096  # a vector longer than this is cut into rows
+PRODUCT_ROW = 2**20  # elements of one inner product in float32
 
 
 def row_count(shape: Sequence[int]) -> int:
@@ -25,9 +26,10 @@ def row_count(shape: Sequence[int]) -> int:
 def write_row_norms(tensor: torch.Tensor, out: torch.Tensor) -> None:
     """The float32 norm of each row of `tensor` [..., n] into `out` [row_count]."""
     if tensor.dim() > 1:
-        torch.linalg.vector_norm(tensor.view(-1, tensor.shape[-1]), dim=-1, dtype=torch.float32, out=out)
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32, out=out)
         return
-    flat = tensor.view(-1)
+    flat = tensor.reshape(-1)
     whole = flat.numel() // FLAT_ROW
     if whole:
         rows = flat[: whole * FLAT_ROW].view(whole, FLAT_ROW)
@@ -37,12 +39,22 @@ def write_row_norms(tensor: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class SquaredNorm:
-    """‖·‖² of a fixed set of tensors, with the memory for their row norms kept between calls."""
+    """‖·‖² of a fixed set of tensors, with the memory for their row norms kept between calls.
 
-    def __init__(self, shapes: Sequence[Sequence[int]], device: torch.device) -> None:
+    Of tensors spread over ranks each rank gives its part, and `shares` what that part counts for in a sum
+    over all ranks: 1 for a shard that no other rank has, 1/4 where four ranks have copies.
+    """
+
+    def __init__(
+        self, shapes: Sequence[Sequence[int]], device: torch.device, shares: Sequence[float] | None = None
+    ) -> None:
         counts = [row_count(shape) for shape in shapes]
         self._norms = torch.zeros(sum(counts), device=device)
         self.rows = list(self._norms.split(counts))  # the slot of each tensor
+        self._shares: torch.Tensor | None = None
+        if shares is not None:
+            by_tensor = torch.tensor(shares, dtype=torch.float64)
+            self._shares = by_tensor.repeat_interleave(torch.tensor(counts)).to(device)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Float64 scalar on the device."""
@@ -51,5 +63,14 @@ class SquaredNorm:
         return self.total()
 
     def total(self) -> torch.Tensor:
-        """The sum of squares of what lies in the slots."""
-        return self._norms.double().square().sum()
+        """The sum of squares of what lies in the slots, by their shares."""
+        squares = self._norms.double().square_()
+        return squares.sum() if self._shares is None else squares @ self._shares
+
+
+def inner_product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """⟨one, other⟩ of tensors with as many elements: float32 products of parts, summed in float64."""
+    parts = zip(
+        one.reshape(-1).float().split(PRODUCT_ROW), other.reshape(-1).float().split(PRODUCT_ROW), strict=True
+    )
+    return torch.stack([torch.dot(a, b) for a, b in parts]).sum(dtype=torch.float64)

@@ -1,57 +1,153 @@
-"""Units = data-parallel ranks: DDP's communication hook sees each rank's accumulated gradient.
+"""Units = data-parallel ranks: the gradient that each has accumulated over the step, before the average.
 
-The hook is called with flat buckets of the local gradients, summed over micro-batches and not yet divided
-by the number of ranks; the hook then averages them as DDP would. (DDP checks the hook's annotations, so
-they must not be strings: no `from __future__ import annotations` here.)
+All of it follows from the exchange (exchange.py): norms, all inner products, variances of coordinates. Cost:
+the bytes of the reduction that it replaces (and once more between replicas, under HSDP), J slices of memory,
+and J²·n multiplications; gradients stay whole on each rank until the last micro-batch of a measured step.
 """
 
-import contextlib
+from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.gradients.norms import SquaredNorm
+from pipeline.gradients.dtensor import mesh_axis, shards
+from pipeline.gradients.exchange import BucketExchange, Layer, ShardExchange, exchange, layers_of, padded
+from pipeline.gradients.leaves import leaves
+from pipeline.gradients.statistics import (
+    BINS_PER_OCTAVE,
+    LOWEST_OCTAVE,
+    RATIO_BINS,
+    Coordinates,
+    GradientStatistics,
+    WorkerProducts,
+)
+from pipeline.parallel._ranks import Ranks
+
+COLUMNS = 2**18  # columns of the rows that are worked on at a time
 
 
 class WorkerCapture:
-    """Sums n_j‖g_j‖² and ‖g_j‖² of this rank's accumulated gradient in one optimizer step."""
+    """The Gram matrix of the ranks' gradients in one step and, if asked, variances of coordinates."""
 
-    def __init__(self, model: DistributedDataParallel, device: torch.device) -> None:
-        self._device = device
-        self._squared = torch.zeros((), dtype=torch.float64, device=device)
-        self._active = False
-        self._sequences = 0
-        self._scale = 0.0
-        model.register_comm_hook(dist.group.WORLD, self._reduce)
+    whole = True
 
-    def _reduce(
-        self,
-        group: dist.ProcessGroup,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
-    ) -> torch.futures.Future[torch.Tensor]:
-        if self._active:
-            flat = bucket.buffer()
-            self._squared += SquaredNorm([flat.shape], self._device)([flat])
-        return allreduce_hook(group, bucket)
+    def __init__(self, model: nn.Module, ranks: Ranks, coordinates: bool = False) -> None:
+        self._ranks = ranks
+        self._replicas: dist.ProcessGroup | None = None  # to fetch the rows of other replicas from
+        self._column_shares: list[torch.Tensor | None] = []
+        self._exchange: BucketExchange | ShardExchange
+        if isinstance(model, DistributedDataParallel):
+            self._exchange = BucketExchange(model, self._see)
+        else:
+            first = next(model.parameters())
+            shard_axis, replica_axis = mesh_axis(first, "shard"), mesh_axis(first, "replicate")
+            assert shard_axis is not None
+            by_name = leaves(model)
+            layers = layers_of(model, by_name, shard_axis.size())
+            if replica_axis and replica_axis.size() > 1:
+                self._replicas = replica_axis.get_group()
+            shares = [shards(leaf) / ranks.tensor_ranks for leaf in by_name.values()]
+            self._column_shares = [self._shares_of(layer, shares) for layer in layers]
+            self._exchange = ShardExchange(layers, self._see_layer)
+        count = ranks.data_ranks
+        self._gram = torch.zeros(count, count, dtype=torch.float64, device=ranks.device)
+        self._coordinates: torch.Tensor | None = None
+        if coordinates:
+            self._coordinates = torch.zeros(2 + RATIO_BINS, dtype=torch.float64, device=ranks.device)
 
-    def start_step(self) -> None:
-        self._squared.zero_()
-        self._active = True
-        self._sequences = 0
-        self._scale = 0.0
+    def _shares_of(self, layer: Layer, shares: list[float]) -> torch.Tensor | None:
+        """What each column counts for: tensor-parallel ranks have copies of some. None: all for 1."""
+        if self._ranks.tensor_ranks == 1:
+            return None
+        by_parameter = torch.tensor([shares[index] for index in layer.parameters])
+        return by_parameter.repeat_interleave(torch.tensor(layer.columns)).to(self._ranks.device)
 
-    def unit(self, sequences: int, scale: float) -> contextlib.AbstractContextManager[None]:
-        """Around the backward pass of `scale` × (mean loss of a micro-batch of `sequences`)."""
-        self._sequences += sequences
-        self._scale += scale
+    # --- in the backward pass
+
+    def _see_layer(self, layer: int, rows: torch.Tensor) -> None:
+        shares = self._column_shares[layer]
+        if self._replicas is None:
+            self._see(rows, shares)
+            return
+        # Each replica takes a part of the columns and gets them from all others: [replicas, shards, part].
+        replicas = self._replicas.size()
+        wide = padded(rows, replicas)
+        mine = wide.view(len(rows), replicas, -1).transpose(0, 1).contiguous()
+        parts = exchange(mine.view(-1), self._replicas)
+        if shares is not None:
+            shares = padded(shares, replicas).view(replicas, -1)[self._replicas.rank()]
+        self._see(parts.view(replicas * len(rows), -1), shares)
+
+    @torch.no_grad()
+    def _see(self, rows: torch.Tensor, shares: torch.Tensor | None = None) -> None:
+        """The same coordinates of every worker's accumulated gradient, [J, columns]."""
+        for start in range(0, rows.shape[1], COLUMNS):
+            part = slice(start, start + COLUMNS)
+            gradients = rows[:, part] / self._scales
+            weighted = gradients if shares is None else gradients * shares[part]
+            self._gram += weighted @ gradients.T
+            if self._coordinates is not None:
+                self._add_coordinates(gradients, None if shares is None else shares[part])
+
+    def _add_coordinates(self, gradients: torch.Tensor, shares: torch.Tensor | None) -> None:
+        assert self._coordinates is not None
+        mean = self._weights @ gradients / self._weights.sum()
+        variance = self._weights @ (gradients - mean).square_() / (len(gradients) - 1)
+        count = torch.ones_like(mean) if shares is None else shares
+        self._coordinates[0] += (variance.sqrt() * count).sum(dtype=torch.float64)
+        self._coordinates[1] += (mean.abs() * count).sum(dtype=torch.float64)
+        octaves = variance.log2() - 2 * mean.abs().log2()  # of the ratio itself, its square could underflow
+        known = ~octaves.isnan()  # 0/0: no worker has a gradient there, nor anywhere in the padding
+        bins = ((octaves[known] - LOWEST_OCTAVE) * BINS_PER_OCTAVE).clamp(0, RATIO_BINS - 1).long()
+        self._coordinates[2:] += torch.bincount(bins, count[known].double(), RATIO_BINS)
+
+    # --- one step
+
+    def start_step(self, counts: Sequence[int]) -> None:
+        """`counts`: sequences of each micro-batch of the step, over all ranks."""
+        ranks = self._ranks.data_ranks
+        self._sequences = tuple(sum(counts[rank::ranks]) for rank in range(ranks))
+        assert min(self._sequences) > 0, "a rank without sequences has no gradient to compare"
+        self._step_sequences = sum(counts)
+        self._weights = torch.tensor(self._sequences, dtype=torch.float32, device=self._ranks.device)
+        # A rank's micro-batches were scaled so that the average over ranks is the step's mean.
+        self._scales = (self._weights * (ranks / self._step_sequences)).view(-1, 1)
+        self._gram.zero_()
+        if self._coordinates is not None:
+            self._coordinates.zero_()
+        self._exchange.active = True
+
+    def unit(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Around the backward pass of micro-batch `index` of the step, of its share of the mean loss."""
         return contextlib.nullcontext()
 
     def sums(self) -> torch.Tensor:
-        """[n_j‖g_j‖², ‖g_j‖², 1] of this rank, float64; to be summed over ranks."""
-        self._active = False
-        if self._sequences == 0:
-            return torch.zeros(3, dtype=torch.float64, device=self._device)
-        squared = self._squared / self._scale**2
-        return torch.stack([self._sequences * squared, squared, torch.ones_like(squared)])
+        """This rank's part of what `statistics` needs, float64; to be summed over all ranks."""
+        self._exchange.active = False
+        parts = [self._gram.flatten()]
+        if self._coordinates is not None:
+            parts.append(self._coordinates)
+        return torch.cat(parts)
+
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
+        count = len(self._sequences)
+        gram = np.array(sums[: count**2]).reshape(count, count)
+        coordinates = None
+        if self._coordinates is not None:
+            deviation, magnitude, *ratio_counts = sums[count**2 :]
+            coordinates = Coordinates(deviation, magnitude, tuple(ratio_counts))
+        return GradientStatistics(
+            units=count,
+            sequences=self._step_sequences,
+            sum_weighted_sq_norm=float(np.array(self._sequences) @ np.diag(gram)),
+            sum_sq_norm=float(np.trace(gram)),
+            mean_sq_norm=mean_sq_norm,
+            workers=WorkerProducts(self._sequences, gram),
+            coordinates=coordinates,
+        )

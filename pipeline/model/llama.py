@@ -17,6 +17,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import ModelConfig, ParallelConfig
@@ -128,7 +129,8 @@ class Llama(nn.Module):
 
 def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross entropy [nats] summed over tokens, in float32; the caller divides by the whole step's tokens."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
+    return loss.full_tensor() if isinstance(loss, DTensor) else loss  # of logits split by vocabulary
 
 
 def prepare_blocks(model: Llama, parallel: ParallelConfig) -> Llama:

@@ -1,8 +1,4 @@
-"""Mesh and wrapping. Each strategy is one file with
-
-    AXES                            the parallel.* axes it uses; the others must be 1
-    apply(model, ranks, parallel)   the model wrapped for these ranks
-    without_sync(model)             a context in which a backward pass only accumulates locally
+"""How a model is spread over ranks. Each strategy is one file with a class `Strategy` (see `_strategy`).
 
 Importing this package, or a strategy, does not import torch: the command line checks configs with it.
 """
@@ -10,9 +6,9 @@ Importing this package, or a strategy, does not import torch: the command line c
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
 from pipeline import registry
+from pipeline.parallel._strategy import Strategy
 
 
 def names() -> list[str]:
@@ -20,5 +16,6 @@ def names() -> list[str]:
     return registry.names(sys.modules[__name__])
 
 
-def load(name: str) -> ModuleType:
-    return registry.load(sys.modules[__name__], name)
+def strategy_class(name: str) -> type[Strategy]:
+    strategy: type[Strategy] = registry.load(sys.modules[__name__], name).Strategy
+    return strategy

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config, ConfigError
+from pipeline.parallel import strategy_class
 
 # A rank that waits this long for another gives up: a stopped rank must not hold the machine for ever.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -31,6 +32,11 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def tensor_ranks(self) -> int:
+        """Ranks that share each matrix product and read the same sequences."""
+        return self.world_size // self.data_ranks
 
     def sum(self, vector: torch.Tensor) -> list[float]:
         """The float64 vector summed over all ranks, as numbers; the only wait for the device in a step."""
@@ -75,7 +81,7 @@ def process_group(config: Config) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ranks = Ranks(rank, world_size, rank // config.parallel.tensor, config.parallel.data_ranks, device)
-    if world_size == 1:
+    if not strategy_class(config.parallel.strategy).axes:
         yield ranks
         return
     # gloo beside nccl: checkpoints and decisions travel on the CPU.

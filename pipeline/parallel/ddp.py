@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
+
+from pipeline.parallel import _strategy
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
     from pipeline.config import ParallelConfig
-    from pipeline.parallel._ranks import Ranks
-
-AXES = ("replicate",)
+    from pipeline.model.llama import Llama
 
 
-def apply(model: nn.Module, ranks: Ranks, parallel: ParallelConfig) -> nn.Module:
-    if ranks.world_size == 1:
-        return model
-    from torch.nn.parallel import DistributedDataParallel
+class Strategy(_strategy.Strategy):
+    axes = ("replicate",)
+    settings = _strategy.COMMON | {"replicate"}
 
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    @staticmethod
+    def shows_workers(parallel: ParallelConfig) -> bool:
+        return parallel.replicate > 1
 
+    def apply(self, model: Llama) -> nn.Module:
+        from torch.nn.parallel import DistributedDataParallel
 
-def without_sync(model: DistributedDataParallel) -> contextlib.AbstractContextManager[None]:
-    return model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext()
+        devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
+        return DistributedDataParallel(super().apply(model), device_ids=devices, gradient_as_bucket_view=True)
+
+    def micro_batch(
+        self, model: nn.Module, *, last: bool, whole: bool
+    ) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if last else cast("DistributedDataParallel", model).no_sync()

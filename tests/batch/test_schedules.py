@@ -218,7 +218,7 @@ def _cached(*overrides: str):
         ),
         (["batch=stages", "batch.fractions=[0.5,0.5]"], "3 sizes for 2 fractions"),
         (["batch=stages", "batch.sizes=[2,32,64]"], "2 is smaller than one micro-batch"),
-        (["batch=norm_test", "batch.estimator=worker"], "there is only one"),
+        (["batch=norm_test", "batch.estimator=worker"], "does not show"),
         (
             ["batch=norm_test", "batch.max_size=4"],
             "below the first batch, batch.size=8 rounded up to a multiple of 4. Nearest: 8",

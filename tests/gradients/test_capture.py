@@ -1,128 +1,208 @@
-"""What the captures see, against gradients taken one unit at a time."""
+"""What the captures see under every mesh, against gradients of single sequences from torch.func."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.batch._interface import Needs
 from pipeline.config import Config
 from pipeline.gradients.capture import capture_for
-from pipeline.model.init import initialise
-from pipeline.model.llama import Llama, loss_sum
-from pipeline.parallel import load
-from tests.distributed import gloo_ranks, ranks_of
+from pipeline.gradients.microbatch import MicrobatchCapture
+from pipeline.gradients.statistics import BINS_PER_OCTAVE, LOWEST_OCTAVE, GradientStatistics
+from pipeline.gradients.worker import WorkerCapture
+from tests.gradients.support import (
+    COUNTS,
+    MESHES,
+    SEQUENCES,
+    SMALL,
+    Fixed,
+    distributed,
+    fixed_direction,
+    full_gradient,
+    group_means,
+    mean_loss,
+    of_all_meshes,
+    run_step,
+    sequence_gradients,
+    sequence_gradients_of,
+    tokens,
+    units,
+    workers,
+)
 from tests.support import config
 
-CPU = torch.device("cpu")
-UNITS = [(0, 4), (4, 4), (8, 4), (12, 3)]  # (first sequence, sequences); the last one is short
+Seen = tuple[GradientStatistics, Tensor]
+VARIANTS = [("false", None), ("false", 3), ("true", None)]  # (tied, limit)
 
 
-def tokens() -> Tensor:
-    return torch.randint(0, 272, (15, 33), generator=torch.Generator().manual_seed(1))
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors as small as these
+    yield
+    torch.set_num_threads(threads)
 
 
-def model_of(composed: Config) -> Llama:
-    model = Llama(composed.model)
-    initialise(model, seed=3)
-    return model
+def configured(mesh: str, tied: str = "false") -> Config:
+    return config(*MESHES[mesh], *SMALL, f"model.tied={tied}")
 
 
-def mean_loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
-    return loss_sum(model(batch[:, :-1]), batch[:, 1:]) / batch[:, 1:].numel()
+def microbatches(rank: int, mesh: str) -> list[Seen]:
+    seen = []
+    for tied, limit in VARIANTS:
+        strategy, model = distributed(rank, configured(mesh, tied))
+        capture = MicrobatchCapture(model, strategy.ranks, limit, Fixed(model))
+        run_step(strategy, model, capture)
+        statistics = run_step(strategy, model, capture)  # the second step must not see the first
+        seen.append((statistics, full_gradient(model)))
+    return seen
 
 
-def unit_gradients(units: list[tuple[int, int]]) -> Tensor:
-    """Float64 mean gradients [units, parameters], each from its own backward pass."""
-    model, rows = model_of(config()), []
-    for first, count in units:
-        gradients = torch.autograd.grad(
-            mean_loss(model, tokens()[first : first + count]), list(model.parameters())
-        )
-        rows.append(torch.cat([g.flatten().double() for g in gradients]))
-    return torch.stack(rows)
+@pytest.fixture(scope="module")
+def seen_microbatches() -> dict[str, list[list[Seen]]]:
+    return of_all_meshes(list(MESHES), microbatches)
 
 
-def expected(units: list[tuple[int, int]], gradients: Tensor) -> list[float]:
-    weights = torch.tensor([count for _, count in units], dtype=torch.float64)
-    squares = gradients.square().sum(1)
-    return [float(weights @ squares), float(squares.sum()), float(len(units))]
+@pytest.mark.parametrize("mesh", MESHES)
+def test_microbatches(mesh: str, seen_microbatches: dict[str, list[list[Seen]]]):
+    """Norms, products with a direction and the gradient itself, of unequal units with an idle rank; with a
+    tied head, and measuring the first three only."""
+    observed = seen_microbatches[mesh]
+    for variant, (tied, limit) in enumerate(VARIANTS):
+        statistics, mean = observed[0][variant]
+        for other in observed:
+            assert other[variant][0] == statistics and torch.equal(other[variant][1], mean)
+        composed = configured(mesh, tied)
+        gradients = sequence_gradients(composed)
+        truth = gradients.mean(0)
+        assert (mean.double() - truth).norm() < 1e-6 * truth.norm()
+        assert_equals(statistics, group_means(gradients, units())[:limit], fixed_direction(composed))
 
 
-def capture_on_rank(rank: int, composed: Config, estimator: str) -> tuple[list[float], Tensor]:
-    """(sums over ranks, averaged gradient) of the units, dealt out to the ranks in turn."""
-    ranks, strategy = ranks_of(composed, rank), load(composed.parallel.strategy)
-    model = strategy.apply(model_of(composed), ranks, composed.parallel)
-    capture = capture_for(estimator, model, CPU)
-    mine = UNITS[rank :: ranks.world_size]
-    total = sum(count for _, count in UNITS)
-    for _ in range(2):  # the second step must not see the first
+def assert_equals(statistics: GradientStatistics, g: Tensor, direction: Tensor) -> None:
+    """`g`: the mean gradients of the units that were to be measured."""
+    n = torch.tensor(COUNTS[: len(g)], dtype=torch.float64)
+    squares = g.square().sum(1)
+    assert (statistics.units, statistics.sequences) == (len(n), SEQUENCES)
+    assert statistics.measured_sequences == int(n.sum())
+    assert statistics.sum_weighted_sq_norm == pytest.approx(float(n @ squares), rel=1e-6)
+    assert statistics.sum_sq_norm == pytest.approx(float(squares.sum()), rel=1e-6)
+    products, along = g @ direction, statistics.along
+    assert along.sequences == tuple(COUNTS[: len(g)])
+    assert along.products == pytest.approx(products.tolist(), abs=1e-6 * float(products.abs().max()))
+    assert along.sq_norm == pytest.approx(float(direction @ direction), rel=1e-6)
+
+
+def accumulated(rank: int, mesh: str) -> Seen:
+    strategy, model = distributed(rank, configured(mesh))
+    capture = WorkerCapture(model, strategy.ranks, coordinates=True)
+    run_step(strategy, model, capture)
+    return run_step(strategy, model, capture), full_gradient(model)
+
+
+WORKER_MESHES = ["ddp2", "fsdp2", "fsdp3", "hsdp2x2", "fsdp2 x tp2"]
+
+
+@pytest.fixture(scope="module")
+def seen_workers() -> dict[str, list[Seen]]:
+    return of_all_meshes(WORKER_MESHES, accumulated)
+
+
+@pytest.mark.parametrize("mesh", WORKER_MESHES)
+def test_workers(mesh: str, seen_workers: dict[str, list[Seen]]):
+    """The exact Gram matrix and the variance of every coordinate, and the average that replaces the usual."""
+    composed, observed = configured(mesh), seen_workers[mesh]
+    statistics, mean = observed[0]
+    gradients = sequence_gradients(composed)
+    truth = gradients.mean(0)
+    assert (mean.double() - truth).norm() < 1e-6 * truth.norm()
+    for other, its_mean in observed:
+        assert np.array_equal(other.workers.gram, statistics.workers.gram) and torch.equal(its_mean, mean)
+    groups = workers(composed.parallel.data_ranks)
+    g, n = group_means(gradients, groups).numpy(), np.array([len(group) for group in groups])
+    assert statistics.workers.sequences == tuple(n)
+    gram = g @ g.T
+    assert np.abs(statistics.workers.gram - gram).max() < 1e-6 * gram.max()
+    assert statistics.variance == pytest.approx(
+        float(n @ ((g - truth.numpy()) ** 2).sum(1) / (len(n) - 1)), rel=1e-5
+    )
+
+    variance = n @ (g - truth.numpy()) ** 2 / (len(n) - 1)
+    coordinates = statistics.coordinates
+    assert coordinates.sum_deviation == pytest.approx(np.sqrt(variance).sum(), rel=1e-5)
+    assert coordinates.sum_magnitude == pytest.approx(np.abs(truth.numpy()).sum(), rel=1e-5)
+    used = (g != 0).any(0)
+    assert sum(coordinates.ratio_counts) == pytest.approx(used.sum(), abs=0.5)
+    octaves = np.log2(variance[used] / truth.numpy()[used] ** 2)
+    for share in (0.1, 0.5, 0.9):
+        bound = np.log2(coordinates.ratio_quantile(share))
+        assert 0 <= bound - np.quantile(octaves, share) < 1.5 / BINS_PER_OCTAVE
+    assert (
+        np.floor((octaves.max() - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
+        == np.nonzero(coordinates.ratio_counts)[0][-1]
+    )
+
+
+@pytest.mark.parametrize("limit", [None, 3])
+def test_estimates_of_a_real_model_are_unbiased(limit: int | None):
+    """Batches of 16 sequences drawn with replacement from 32: variance, signal and the variance along a
+    direction against those of the population, all 32 gradients from torch.func."""
+    composed = configured("single")
+    population = sequence_gradients(composed, 32)
+    mean, direction = population.mean(0), fixed_direction(composed)
+    truths = [
+        float((population - mean).square().sum(1).mean()),
+        float(mean @ mean),
+        float((population @ direction).var(correction=0)),
+    ]
+    strategy, model = distributed(0, composed)
+    capture = MicrobatchCapture(model, strategy.ranks, limit, Fixed(model))
+    draws = torch.randint(0, 32, (250, 8, 2), generator=torch.Generator().manual_seed(3))
+    estimates = []
+    for units_of_draw in draws:
         model.zero_grad()
-        capture.start_step()
-        for index, (first, count) in enumerate(mine):
-            scale = count * ranks.data_ranks / total
-            sync = strategy.without_sync(model) if index + 1 < len(mine) else torch.enable_grad()
-            with sync, capture.unit(count, scale):
-                (mean_loss(model, tokens()[first : first + count]) * scale).backward()
-        sums = ranks.sum(capture.sums().clone())
-    return sums, torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def test_microbatches_in_one_process():
-    sums, mean = capture_on_rank(0, config(), "microbatch")
-    gradients = unit_gradients(UNITS)
-    assert sums == pytest.approx(expected(UNITS, gradients), rel=1e-6)
-    weights = torch.tensor([4, 4, 4, 3], dtype=torch.float64) / 15
-    assert torch.allclose(mean.double(), weights @ gradients, atol=1e-7)
-
-
-def test_microbatches_are_per_sequence_gradients_when_a_unit_is_one_sequence():
-    """Against torch.func: per-sequence gradients in one vectorised pass."""
-    model = model_of(config())
-    parameters = dict(model.named_parameters())
-
-    def loss_of_one(weights: dict[str, Tensor], sequence: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, weights, (sequence[None, :-1],))
-        return loss_sum(logits, sequence[None, 1:]) / (sequence.numel() - 1)
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        per_sequence = torch.func.vmap(torch.func.grad(loss_of_one), (None, 0))(parameters, tokens()[:6])
-    squares = sum(g.double().flatten(1).square().sum(1) for g in per_sequence.values())
-    capture = capture_for("microbatch", model, CPU)
-    capture.start_step()
-    for index in range(6):
-        with capture.unit(1, 1 / 6):
-            (mean_loss(model, tokens()[index : index + 1]) / 6).backward()
-    assert capture.sums().tolist() == pytest.approx([squares.sum().item()] * 2 + [6], rel=1e-6)
-
-
-@pytest.mark.parametrize("estimator", ["microbatch", "worker"])
-def test_two_ranks(estimator: str):
-    composed = config("parallel=ddp")
-    (sums, mean), (other_sums, other_mean) = gloo_ranks(2, capture_on_rank, composed, estimator)
-    assert sums == other_sums and torch.equal(mean, other_mean)
-    gradients = unit_gradients(UNITS)
-    if estimator == "worker":
-        counts = [8, 7]
-        shares = [[4 / 8, 0, 4 / 8, 0], [0, 4 / 7, 0, 3 / 7]]
-        workers = torch.tensor(shares, dtype=torch.float64) @ gradients
-        assert sums == pytest.approx(expected([(0, n) for n in counts], workers), rel=1e-6)
-    else:
-        assert sums == pytest.approx(expected(UNITS, gradients), rel=1e-6)
-
-
-def test_an_idle_rank_is_no_unit():
-    model = model_of(config())
-    capture = capture_for("microbatch", model, CPU)
-    capture.start_step()
-    with capture.unit(0, 0.0):
-        (mean_loss(model, tokens()[:1]) * 0).backward()
-    assert capture.sums().tolist() == [0, 0, 0]
+        capture.start_step([2] * 8)
+        for unit, sequences in enumerate(units_of_draw):
+            loss = mean_loss(model, tokens(32)[sequences]) / 8
+            with capture.unit(unit):
+                loss.backward()
+        mean_sq_norm = float(full_gradient(model).double().square().sum())
+        statistics = capture.statistics(capture.sums().tolist(), mean_sq_norm)
+        estimates.append([statistics.variance, statistics.signal, statistics.along.variance])
+    errors = np.std(estimates, axis=0) / np.sqrt(len(estimates))
+    assert (np.abs(np.mean(estimates, axis=0) - truths) < 3 * errors).all()
+    assert (errors < 0.2 * np.array(truths)).all()  # else the line above says nothing
 
 
 def test_nothing_is_seen_outside_a_unit():
-    model = model_of(config())
-    capture = capture_for("microbatch", model, CPU)
-    capture.start_step()
-    mean_loss(model, tokens()[:1]).backward()
-    assert capture.sums().tolist() == [0, 0, 0]
+    strategy, model = distributed(0, configured("single"))
+    capture = MicrobatchCapture(model, strategy.ranks)
+    capture.start_step([2, 2])
+    mean_loss(model, tokens()[:2]).backward()
+    assert capture.sums().tolist() == [0, 0]
+
+
+def test_directions_of_the_trainer_lag_one_step_behind():
+    """`momentum` is the optimizer's state, `previous` the gradient of the measured step before."""
+    strategy, model = distributed(0, configured("single"))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    captures = {
+        name: capture_for(Needs("microbatch", direction=name), model, optimizer, strategy.ranks)
+        for name in ("momentum", "previous")
+    }
+    # Before the first step there is no direction, and only the norms are measured.
+    assert [run_step(strategy, model, capture).along for capture in captures.values()] == [None, None]
+    first = full_gradient(model).double()
+    optimizer.step()
+    moment = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in parameters]).double()
+    gradients = group_means(sequence_gradients_of(model), units())
+    for name, direction in (("momentum", moment), ("previous", first)):
+        along = run_step(strategy, model, captures[name]).along
+        assert along.products == pytest.approx((gradients @ direction).tolist(), rel=1e-4, abs=1e-7)
+        assert along.sq_norm == pytest.approx(float(direction @ direction), rel=1e-5)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from pipeline.gradients.statistics import GradientStatistics
+from pipeline.gradients.statistics import (
+    RATIO_BINS,
+    Coordinates,
+    GradientStatistics,
+    Projections,
+    WorkerProducts,
+)
 
 
 def of_units(gradients: np.ndarray, weights: np.ndarray) -> GradientStatistics:
@@ -50,3 +57,89 @@ def test_undefined_is_nan():
     assert math.isnan(GradientStatistics(1, 8, 8.0, 1.0, 1.0).variance)
     no_signal = of_units(np.array([[1.0], [-1.0]]), np.array([4, 4]))
     assert no_signal.signal < 0 and math.isnan(no_signal.noise_scale)
+
+
+def assert_unbiased(estimates: list[float], truth: float) -> None:
+    standard_error = np.std(estimates) / math.sqrt(len(estimates))
+    assert abs(np.mean(estimates) - truth) < 3 * standard_error
+    assert standard_error < 0.1 * abs(truth)  # else the line above says nothing
+
+
+def test_measuring_some_units_is_unbiased():
+    """The first three of six units, of unequal size, with the norm of the whole step's gradient."""
+    rng = np.random.default_rng(2)
+    n, sigma, mean = np.array([4, 4, 2, 4, 4, 1]), np.linspace(0.5, 1.5, 10), np.full(10, 0.3)
+    variances, signals = [], []
+    for _ in range(20_000):
+        g = mean + sigma * rng.normal(size=(6, 10)) / np.sqrt(n)[:, None]
+        whole, squares = of_units(g, n), (g[:3] ** 2).sum(axis=1)
+        some = GradientStatistics(3, 19, float(n[:3] @ squares), float(squares.sum()), whole.mean_sq_norm, 10)
+        variances.append(some.variance)
+        signals.append(some.signal)
+    assert_unbiased(variances, (sigma**2).sum())
+    assert_unbiased(signals, (mean**2).sum())
+
+
+def test_one_measured_unit_of_several_is_enough():
+    assert math.isfinite(GradientStatistics(1, 8, 4.0, 1.0, 1.0, measured_sequences=4).variance)
+
+
+def test_projections_are_unbiased():
+    """dᵀΣd and the trace on d's complement, from unequal units."""
+    rng = np.random.default_rng(3)
+    n, sigma, mean = np.array([4, 4, 2, 1]), np.linspace(0.5, 1.5, 10), np.full(10, 0.3)
+    d = np.linspace(-1, 2, 10)
+    along, orthogonal = [], []
+    for _ in range(20_000):
+        g = mean + sigma * rng.normal(size=(4, 10)) / np.sqrt(n)[:, None]
+        projections = Projections(tuple(n), tuple(g @ d), float(d @ d))
+        assert projections.mean == pytest.approx(n @ g @ d / n.sum())
+        statistics = dataclasses.replace(of_units(g, n), along=projections)
+        along.append(projections.variance)
+        orthogonal.append(statistics.orthogonal_variance)
+    true_along = (sigma**2 * d**2).sum()
+    assert_unbiased(along, true_along)
+    assert_unbiased(orthogonal, (sigma**2).sum() - true_along / (d @ d))
+
+
+def test_worker_products_are_the_papers_sums():
+    """Written out over the gradients themselves: Bollapragada et al. 2018, eq. 2.6 and 3.3, weighted."""
+    rng = np.random.default_rng(4)
+    g, n = rng.normal(size=(5, 20)) + 0.2, np.array([4, 4, 2, 4, 3])
+    products = WorkerProducts(tuple(n), g @ g.T)
+    mean = n @ g / n.sum()
+    assert products.with_mean == pytest.approx(g @ mean)
+    parallel = sum(n[j] * (g[j] @ mean - mean @ mean) ** 2 for j in range(5)) / 4
+    assert products.inner_product_variance == pytest.approx(parallel)
+    residuals = [g[j] - (g[j] @ mean) / (mean @ mean) * mean for j in range(5)]
+    orthogonal = sum(n[j] * (residuals[j] ** 2).sum() for j in range(5)) / 4
+    assert products.orthogonal_variance == pytest.approx(orthogonal)
+    # Both parts together are the variance (Espath et al. 2021), up to ‖g‖² of the in-sample mean.
+    assert orthogonal + parallel / (mean @ mean) == pytest.approx(of_units(g, n).variance)
+    assert math.isnan(products.unbiased_inner_product_variance)  # unequal batches
+
+
+def test_gram_matrix_gives_an_unbiased_inner_product_variance_and_the_papers_is_biased():
+    rng = np.random.default_rng(5)
+    sigma, mean, n = np.linspace(0.5, 1.5, 30), np.full(30, 0.5), 4
+    unbiased, in_sample = [], []
+    for _ in range(20_000):
+        g = mean + sigma * rng.normal(size=(6, 30)) / math.sqrt(n)
+        products = WorkerProducts((n,) * 6, g @ g.T)
+        unbiased.append(products.unbiased_inner_product_variance)
+        in_sample.append(products.inner_product_variance)
+    truth = (sigma**2 * mean**2).sum()
+    assert_unbiased(unbiased, truth)
+    assert np.mean(in_sample) > 1.1 * truth
+    assert math.isnan(WorkerProducts((4,) * 3, np.eye(3)).unbiased_inner_product_variance)
+
+
+def test_ratio_quantile_bounds_from_above():
+    counts = [0.0] * RATIO_BINS
+    counts[160], counts[164], counts[168] = 5.0, 4.0, 1.0  # ratios of 1 to 2^¼, 2 to 2^1¼, 4 to 2^2¼
+    coordinates = Coordinates(1.0, 1.0, tuple(counts))
+    quantiles = [coordinates.ratio_quantile(share) for share in (0.1, 0.5, 0.51, 0.9, 1.0)]
+    assert quantiles == pytest.approx([2**0.25, 2**0.25, 2**1.25, 2**1.25, 2**2.25])
+    counts[-1] = 1.0  # a coordinate without signal
+    assert Coordinates(1.0, 1.0, tuple(counts)).ratio_quantile(1.0) == math.inf
+    assert math.isnan(Coordinates(0.0, 0.0, (0.0,) * RATIO_BINS).ratio_quantile(0.5))

@@ -17,6 +17,7 @@ from launchers import local
 from launchers.local import run_plan
 from launchers.plan import Plan, freeze, state
 from launchers.screen import choose
+from pipeline import worker
 from pipeline.store import RunDirectory
 from tests.launchers.support import Stub, plan, tree_of, wait_until
 
@@ -132,10 +133,11 @@ def test_a_signal_ends_the_workers_and_says_how_to_go_on(
     start = time.monotonic()
     assert run_plan(p, stub) == 128 + number
     killer.join()
-    assert time.monotonic() - start < local.GRACE_S  # SIGTERM was enough
+    assert time.monotonic() - start < 20  # SIGTERM was enough
     assert stub.processes() == [] and signal.getsignal(number) is before
     assert states(home, p) == ["CANCELLED", "CANCELLED", "PENDING"]
     out = capsys.readouterr().out
+    assert out.count("Stopping at the next step, with a checkpoint. Once more to stop at once.") == 1
     assert f"Stopped by {name}: 2 cancelled, 1 waiting." in out
     assert out.count("; ") == 1 and " left" not in out  # the summary, once
     assert out.splitlines()[-1].startswith("continue: python -m pipeline")
@@ -157,6 +159,11 @@ def test_a_worker_that_ignores_sigterm_is_killed_with_its_children(
     assert states(home, p) == ["CANCELLED"]
 
 
+def test_a_worker_has_longer_than_it_takes_itself() -> None:
+    """To save a checkpoint, or to give that up and end its ranks."""
+    assert local.GRACE_S >= worker.STOP_GRACE_S + worker.SHUTDOWN_TIMEOUT_S + 5
+
+
 def test_a_second_ctrl_c_does_not_wait(home: Path) -> None:
     p = sweep(1)
     stub = Stub(home, {ids(p)[0]: "stubborn"}, seconds=60)
@@ -170,7 +177,7 @@ def test_a_second_ctrl_c_does_not_wait(home: Path) -> None:
     start = time.monotonic()
     assert run_plan(p, stub) == 130
     killer.join()
-    assert time.monotonic() - start < local.GRACE_S
+    assert time.monotonic() - start < 20
     wait_until(lambda: stub.processes() == [])
 
 

@@ -24,7 +24,8 @@ def done_run(configuration: Config, model: Llama) -> RunDirectory:
     run.freeze(configuration)
     state, first = schedule_class(configuration.batch.schedule)(configuration).start()
     progress = checkpoint.Progress(state, first, first.size)
-    checkpoint.save(run, ranks_of(configuration), model, torch.optim.AdamW(model.parameters()), progress)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoint.Checkpointer(run, ranks_of(configuration), model, optimizer, None).save(progress, wait=True)
     run.update_status(state="DONE")
     return run
 

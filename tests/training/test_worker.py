@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.store import RunDirectory, read_rows
 from tests.distributed import column, train_here
@@ -165,15 +167,93 @@ def test_a_foreign_launcher_is_refused(home: Path, small_corpus: list[str]):
     assert run.status().state == "PENDING"
 
 
-def test_stop_signal_is_recorded_as_cancelled(home: Path, small_corpus: list[str]):
-    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(home: Path, small_corpus: list[str]):
+    """With a checkpoint at the step where it stopped, though none was due."""
+    composed = config(*TINY, *small_corpus, "budget.tokens=200k", "batch=norm_test", "batch.max_size=64")
+    run = frozen(composed)
     worker = start(run)
-    wait_for_step(run, 3)
+    wait_for_step(run, 20)
     worker.terminate()
-    worker.communicate(timeout=30)
-    assert worker.returncode == 128 + signal.SIGTERM
-    assert (run.status().state, run.status().error) == ("CANCELLED", "stopped by SIGTERM")
-    assert processes_of(run) == {}
+    output, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 128 + signal.SIGTERM, output
+    assert output.count("stopping at the next step, with a checkpoint; once more to stop at once") == 1
+    status, row = run.status(), run.last_row()
+    assert (status.state, status.error) == ("CANCELLED", "stopped by SIGTERM")
+    assert checkpoint.complete(run)[-1].name == f"step-{row['step']:08d}"
+    assert row["step"] >= 20 and row["tokens"] < composed.budget_tokens
+    log = (run.logs / "attempt-1.rank-0.log").read_text()
+    assert f"stopped at step {row['step']}, {row['tokens']} tokens, with a checkpoint" in log
+    assert processes_of(run) == {} and not run.stop_requested()
+    assert_nothing_torn(run)
+
+    run.request_stop()  # left by something that died; the next attempt is not meant
+    worker = start(run)
+    output, _ = worker.communicate(timeout=90)
+    assert (worker.returncode, run.status().state) == (0, "DONE"), output
+    assert [row["step"] for row in read_rows(run.metrics_file)] == sorted(column(run, "step"))  # none twice
+
+    run.path.rename(home / "stopped")
+    uninterrupted = train_here(composed)
+    for name in ("tokens", "batch/size", "lr", "train/loss", "val/loss"):
+        assert column(RunDirectory(home / "stopped"), name) == column(uninterrupted, name)
+
+
+@contextlib.contextmanager
+def asked_to_stop_with_a_hung_rank(
+    run: RunDirectory, number: signal.Signals, **environment: str
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A worker whose rank 1 (the process id) is frozen, so that no step ends any more, and that has just
+    acknowledged a signal."""
+    worker = start(run, **environment)
+    try:
+        wait_for_step(run, 3)
+        (pid,) = [pid for pid, rank in processes_of(run).items() if rank == "1"]
+        os.kill(pid, signal.SIGSTOP)
+        worker.send_signal(number)
+        assert worker.stdout
+        while "stopping at the next step" not in worker.stdout.readline():
+            assert worker.poll() is None
+        yield worker, pid
+    finally:
+        worker.kill()  # its ranks die with it
+
+
+def wait_until_told_to_end(run: RunDirectory, rank: str) -> None:
+    """This rank is gone; the frozen one was told as well, and obeys when it goes on."""
+    deadline = time.monotonic() + 30
+    while rank in processes_of(run).values():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", ["second signal", "grace period"])
+def test_a_hung_rank_holds_a_stop_until_the_second_signal_or_the_end_of_the_grace_period(
+    how: str, home: Path, small_corpus: list[str]
+):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+    grace = "2" if how == "grace period" else "60"
+    with asked_to_stop_with_a_hung_rank(run, signal.SIGINT, CRESCENDO_STOP_GRACE_S=grace) as (worker, hung):
+        asked = time.monotonic()
+        if how == "second signal":
+            worker.terminate()
+        wait_until_told_to_end(run, "0")
+        assert (time.monotonic() - asked > 1.5) == (how == "grace period")
+        os.kill(hung, signal.SIGCONT)
+        output, _ = worker.communicate(timeout=30)
+    assert worker.returncode == 128 + signal.SIGINT and "Traceback" not in output
+    late = "; no checkpoint within 2 s" if how == "grace period" else ""
+    assert (run.status().state, run.status().error) == ("CANCELLED", f"stopped by SIGINT{late}")
+    assert processes_of(run) == {} and not run.stop_requested() and checkpoint.complete(run) == []
+
+
+def test_a_rank_killed_while_stopping_fails_the_attempt(home: Path, small_corpus: list[str]):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=6M"))
+    with asked_to_stop_with_a_hung_rank(run, signal.SIGHUP) as (worker, hung):
+        os.kill(hung, signal.SIGKILL)
+        worker.communicate(timeout=30)
+    assert (worker.returncode, run.status().state) == (1, "FAILED")
+    assert run.status().error.startswith("rank 1 was killed by SIGKILL (signal 9) after step")
+    assert processes_of(run) == {} and not run.stop_requested()
 
 
 def test_failure_inside_a_rank_is_reported_in_one_line(home: Path, small_corpus: list[str]):
@@ -248,11 +328,11 @@ def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str]
         stopped_at = run.last_row()["step"]
         wait_for_step(run, stopped_at + 1000)  # far more rows than all buffers between them hold
     finally:
-        worker.terminate()
-        worker.communicate(timeout=60)
-        if service:
+        if service:  # else the rank would wait for it before it ends
             with contextlib.suppress(ProcessLookupError):
                 os.kill(service, signal.SIGKILL)
+        worker.terminate()
+        worker.communicate(timeout=60)
     assert "misses rows" in (run.logs / "attempt-1.rank-0.log").read_text()
 
 

@@ -1,0 +1,56 @@
+"""Tensors that are spread over ranks (DTensor): this rank's part, its share of a sum over ranks, and sums
+that are still open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shards(tensor: torch.Tensor) -> int:
+    """Number of different parts that ranks hold of it; all other ranks of its mesh hold copies."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh = tensor.device_mesh
+    return math.prod(
+        mesh.size(axis)
+        for axis, placement in enumerate(tensor.placements)
+        if not isinstance(placement, Replicate)
+    )
+
+
+def mesh_axis(tensor: torch.Tensor, axis: str) -> DeviceMesh | None:
+    """The axis of that name of the mesh over which `tensor` is spread, if it has one."""
+    if not isinstance(tensor, DTensor) or axis not in (tensor.device_mesh.mesh_dim_names or ()):
+        return None
+    return tensor.device_mesh[axis]
+
+
+def is_partial(tensor: torch.Tensor | None) -> bool:
+    """Whether its value is the sum of what the ranks hold."""
+    return isinstance(tensor, DTensor) and all(placement.is_partial() for placement in tensor.placements)
+
+
+def sum_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Partial DTensors of one mesh as replicated ones, in one all-reduce of all."""
+    if not tensors:
+        return []
+    first = tensors[0]
+    assert isinstance(first, DTensor)
+    flat = torch.cat([local(tensor).flatten() for tensor in tensors])
+    dist.all_reduce(flat, group=first.device_mesh.get_group())
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [
+        DTensor.from_local(part.view(tensor.shape), first.device_mesh, [Replicate()], run_check=False)
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]

@@ -1,0 +1,94 @@
+"""⟨g_j, d⟩ of every micro-batch j with a direction d, wherever d's parts lie.
+
+Both ways fill a vector with one product for each unit of the step. Each rank adds what its part of d
+contributes, to its own unit or to those of others; a sum over all ranks makes the products whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from pipeline.gradients.direction import Direction
+from pipeline.gradients.dtensor import mesh_axis
+from pipeline.gradients.exchange import Layer, ShardExchange, layers_of
+from pipeline.gradients.norms import inner_product
+from pipeline.parallel._ranks import Ranks
+
+
+class LeafProjections:
+    """Every rank has the direction as it has the gradient (one process, DDP, TP): a product in each hook.
+    Cost: one more read of the gradient, and one of d."""
+
+    whole = None
+
+    def __init__(self, direction: Direction, shares: Sequence[float], device: torch.device) -> None:
+        self._direction, self._shares, self._device = direction, shares, device
+        self.products = torch.zeros(0, dtype=torch.float64, device=device)
+
+    def start_step(self, units: int) -> None:
+        self.products = torch.zeros(units, dtype=torch.float64, device=self._device)
+        self._parts = self._direction.parts()
+
+    def start_unit(self, unit: int) -> None:
+        self._unit = unit
+
+    def end_unit(self) -> None:
+        pass
+
+    def see(self, index: int, gradient: torch.Tensor) -> None:
+        """This rank's gradient of the parameter `index`, of the unit that has started."""
+        self.products[self._unit] += inner_product(gradient, self._parts[index]) * self._shares[index]
+
+
+class ShardProjections:
+    """Each rank has a shard of the direction (FSDP2, HSDP, with tensor parallel too): the exchange shows it
+    that shard of every gradient. Cost: one product of the rows with d, and a flat copy of d's shard."""
+
+    whole = False  # gradients must be exchanged at every micro-batch
+
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: dict[str, torch.Tensor],
+        direction: Direction,
+        shares: Sequence[float],
+        ranks: Ranks,
+    ) -> None:
+        axis = mesh_axis(next(model.parameters()), "shard")
+        assert axis is not None
+        shards = axis.size()
+        self._direction, self._shares = direction, shares
+        self._layers = layers_of(model, leaves, shards)
+        self._exchange = ShardExchange(self._layers, self._see_rows)
+        self._position = ranks.data_rank % shards  # of this rank in its exchange
+        self._device = ranks.device
+        self.products = torch.zeros(0, dtype=torch.float64, device=ranks.device)
+
+    def start_step(self, units: int) -> None:
+        self.products = torch.zeros(units, dtype=torch.float64, device=self._device)
+        parts = self._direction.parts()
+        self._flat = [self._flat_shard(layer, parts) for layer in self._layers]
+
+    def _flat_shard(self, layer: Layer, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """d in the layout of one rank's slice, with the shares that copies on other ranks leave."""
+        flat = torch.zeros(sum(layer.columns), device=self._device)
+        for index, columns in zip(layer.parameters, flat.split(layer.columns), strict=True):
+            columns[: parts[index].numel()] = parts[index].reshape(-1) * self._shares[index]
+        return flat
+
+    def start_unit(self, unit: int) -> None:
+        self._first_unit = unit - self._position  # of the ranks that exchange with this one
+        self._exchange.active = True
+
+    def end_unit(self) -> None:
+        self._exchange.active = False
+
+    def see(self, index: int, gradient: torch.Tensor) -> None:
+        pass
+
+    def _see_rows(self, layer: int, rows: torch.Tensor) -> None:
+        units = slice(self._first_unit, self._first_unit + len(rows))
+        self.products[units] += torch.stack([inner_product(row, self._flat[layer]) for row in rows])

@@ -1,0 +1,85 @@
+"""What every parallel strategy is, with the behaviour of one process as the default of each part."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from pipeline.config import Config, ParallelConfig
+    from pipeline.model.llama import Llama
+    from pipeline.parallel._ranks import Ranks
+
+COMMON = frozenset(["strategy", "precision", "compile", "activation_checkpointing"])
+
+
+class Strategy:
+    """One way to spread a model over ranks. A subclass overrides what differs from one process."""
+
+    axes: ClassVar[tuple[str, ...]] = ()  # of the mesh: replicate, shard, tensor
+    settings: ClassVar[frozenset[str]] = COMMON  # the parallel.* settings that it reads
+
+    def __init__(self, config: Config, ranks: Ranks) -> None:
+        self.config, self.parallel, self.ranks = config, config.parallel, ranks
+
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks, [replicate, shard, tensor]: neighbouring ranks share matrices, then parameters."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        shape = (self.parallel.replicate, self.parallel.shard, self.parallel.tensor)
+        names = ("replicate", "shard", "tensor")
+        return init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=names)
+
+    @staticmethod
+    def shows_workers(parallel: ParallelConfig) -> bool:
+        """Whether the gradient of each data-parallel rank can be seen before they are averaged."""
+        return False
+
+    def apply(self, model: Llama) -> nn.Module:
+        """The model, given on the meta device, spread over the ranks and with its initial weights."""
+        from pipeline.model.init import initialise
+        from pipeline.model.llama import prepare_blocks
+
+        self.split(model)
+        prepare_blocks(model, self.parallel)
+        self.shard(model)
+        initialise(model, self.config.seed, self.ranks.device)
+        return model
+
+    def split(self, model: Llama) -> None:
+        """Distributes matrix products, in place."""
+
+    def shard(self, model: Llama) -> None:
+        """Distributes the storage of parameters, in place."""
+
+    def micro_batch(
+        self, model: nn.Module, *, last: bool, whole: bool
+    ) -> contextlib.AbstractContextManager[object]:
+        """Around both passes of one micro-batch.
+
+        `last` of its step: averages gradients over ranks. `whole`: until then each rank keeps its own
+        gradient unreduced, even where it could keep a shard.
+        """
+        return contextlib.nullcontext()
+
+    def loss(self) -> contextlib.AbstractContextManager[object]:
+        """Around the loss and, in training, its backward pass."""
+        return contextlib.nullcontext()
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Around the forward pass: the precision of its matrix products."""
+        if self.parallel.precision == "float32":
+            return contextlib.nullcontext()
+        import torch
+
+        return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
+
+    def complete_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
+        """After the last backward pass of a step: whatever is still missing in `.grad`."""

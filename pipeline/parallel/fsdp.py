@@ -1,0 +1,64 @@
+"""Fully sharded data parallel (FSDP2): each rank keeps a shard of every parameter, gradient and optimizer
+state, and gathers one layer's parameters at a time (Zhao et al. 2023, arXiv 2304.11277)."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, cast
+
+from pipeline.parallel import _strategy
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+
+    from pipeline.config import ParallelConfig
+    from pipeline.model.llama import Llama
+
+SETTINGS = _strategy.COMMON | {"reshard_after_forward", "shard_gradients"}
+
+
+class Strategy(_strategy.Strategy):
+    axes = ("shard",)
+    settings = SETTINGS | {"shard"}
+
+    @staticmethod
+    def shows_workers(parallel: ParallelConfig) -> bool:
+        return parallel.shard > 1  # with one shard nothing is scattered, and nothing seen
+
+    def shard(self, model: Llama) -> None:
+        fully_shard_layers(model, self.mesh[self.axes], self.parallel)
+
+    def micro_batch(
+        self, model: nn.Module, *, last: bool, whole: bool
+    ) -> contextlib.AbstractContextManager[object]:
+        fully_sharded = cast("FSDPModule", model)
+        fully_sharded.set_is_last_backward(last)
+        fully_sharded.set_requires_gradient_sync(last or not whole)
+        fully_sharded.set_requires_all_reduce(last)  # between replicas: once per step
+        return contextlib.nullcontext()
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()  # parameters are gathered in the precision of the products
+
+
+def fully_shard_layers(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+    """fully_shard of each block, of embedding and head, and of the rest, in place.
+
+    `mesh`: [shard], or [replicate, shard] for replicas of the shards. A tied head shares the embedding's
+    weight, so both belong to the root, which holds its parameters through forward and backward pass.
+    """
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # Gradients are summed over ranks in float32: a batch test subtracts nearly equal numbers.
+    policy = MixedPrecisionPolicy()
+    if parallel.precision == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layers = [*model.blocks] if model.model.tied else [model.embedding, *model.blocks, model.head]
+    for layer in layers:
+        # The head is needed again at once, in the backward pass.
+        reshard = parallel.reshard_after_forward and layer is not model.head
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy)

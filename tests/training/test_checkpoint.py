@@ -1,0 +1,587 @@
+"""Checkpoints: whatever interrupts a run or damages what it saved, it ends as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import random
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.checkpoint import FileSystemWriter
+
+import pipeline.train
+from pipeline import checkpoint
+from pipeline.batch._interface import Decision, State
+from pipeline.checkpoint import Checkpointer, CheckpointError, Progress
+from pipeline.config import Config, ConfigError
+from pipeline.data import prepare
+from pipeline.store import RunDirectory, Status
+from pipeline.train import train
+from tests.disk import fill
+from tests.distributed import column, gloo_ranks, ranks_of, train_here
+from tests.support import config
+from tests.training.test_worker import frozen, start
+
+# Some 60 steps of a batch that grows again and again; a checkpoint every 15 steps at first.
+TINY = [
+    "model.width=32", "model.heads=2", "model.kv_heads=2", "model.ffn=64", "data.sequence_length=32",
+    "batch=norm_test", "batch.size=8", "batch.max_size=64", "batch.hold_tokens=1k", "lr.batch_scaling=sqrt",
+    "lr.warmup_tokens=2k", "budget.tokens=20k", "eval.sequences=8", "eval.interval_tokens=3k",
+    "checkpoint.interval_tokens=4k",
+]  # fmt: skip
+DETERMINED = (
+    "step", "tokens", "sequences", "train/loss", "grad/norm", "lr", "batch/size", "batch/requested",
+    "stat/variance", "test/statistic", "val/loss",
+)  # fmt: skip
+
+
+class Crash(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def interruption(how: str, step: int) -> Iterator[None]:
+    """The next training is stopped on request after this step, or dies there."""
+
+    class Interrupted(pipeline.train.Trainer):
+        def step(self) -> None:
+            if how == "crash" and self.progress.step == step:
+                raise Crash
+            if how == "stop" and self.progress.step == step - 1 and self.ranks.is_main:
+                self.run.request_stop()
+            super().step()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.train, "Trainer", Interrupted)
+        patch.setattr(pipeline.train, "STOP_INTERVAL_S", 0.0)
+        yield
+
+
+def train_until(composed: Config, how: str, step: int, attempt: int = 1) -> RunDirectory:
+    with interruption(how, step), contextlib.suppress(Crash):
+        train_here(composed, attempt)
+    run = RunDirectory.of(composed)
+    run.clear_stop()
+    return run
+
+
+def assert_same_record(run: RunDirectory, whole: RunDirectory) -> None:
+    for name in DETERMINED:
+        assert column(run, name) == column(whole, name), name
+
+
+def changes(sizes: list[int]) -> list[int]:
+    """The steps after which another batch was decided that the next step then applies."""
+    return [step for step in range(1, len(sizes) - 1) if sizes[step] != sizes[step - 1]]
+
+
+def steps_saved(run: RunDirectory) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, small_corpus: list[str]) -> RunDirectory:
+    """The uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRESCENDO_HOME", str(tmp_path_factory.mktemp("whole")))
+        patch.setenv("WANDB_MODE", "disabled")
+        run = train_here(config(*TINY, *small_corpus))
+    assert len(changes(column(run, "batch/size"))) >= 3
+    assert column(run, "val/loss")[1:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory, small_corpus: list[str]) -> RunDirectory:
+    """The same run, stopped after 35 steps with two checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRESCENDO_HOME", str(tmp_path_factory.mktemp("cut")))
+        patch.setenv("WANDB_MODE", "disabled")
+        run = train_until(config(*TINY, *small_corpus), "stop", 35)
+    saved = steps_saved(run)
+    assert len(saved) == 2 and saved[-1] == 35
+    return run
+
+
+def copy_of(run: RunDirectory, composed: Config) -> RunDirectory:
+    """`run` as this test's own."""
+    copy = RunDirectory.of(composed)
+    shutil.copytree(run.path, copy.path)
+    return copy
+
+
+# --- interrupted and resumed
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_interrupted_at_random_steps_equals_uninterrupted(
+    seed: int, whole: RunDirectory, home: Path, small_corpus: list[str]
+):
+    """Bit for bit, whether it was stopped (with a checkpoint) or died (some steps are done again)."""
+    composed, steps = config(*TINY, *small_corpus), len(column(whole, "batch/size"))
+    choose = random.Random(seed)
+    interruptions = sorted(choose.sample(range(1, steps), 2))
+    for attempt, step in enumerate(interruptions, start=1):
+        how = choose.choice(["stop", "crash"])
+        run = train_until(composed, how, step, attempt)
+        assert how == "crash" or steps_saved(run)[-1] == step
+    train_here(composed, attempt=3)
+    assert_same_record(run, whole)
+    assert len(steps_saved(run)) == 2 and steps_saved(run)[-1] == steps
+
+
+def test_a_decision_that_was_not_applied_yet_is_in_the_checkpoint(
+    whole: RunDirectory, home: Path, small_corpus: list[str]
+):
+    composed, sizes = config(*TINY, *small_corpus), column(whole, "batch/size")
+    for attempt, step in enumerate(changes(sizes)[:3], start=1):
+        run = train_until(composed, "stop", step, attempt)
+        saved = json.loads((checkpoint.complete(run)[-1] / "progress.json").read_text())
+        assert saved["step"] == step and sizes[step - 1] != saved["next_batch"]["size"] == sizes[step]
+    train_here(composed, attempt=4)
+    assert_same_record(run, whole)
+
+
+def interrupted_rank(rank: int, composed: Config, home: str) -> None:
+    ranks = ranks_of(composed, rank)
+    whole, run = RunDirectory(f"{home}/whole"), RunDirectory(f"{home}/cut")
+    assert train(composed, whole, 1, ranks)
+    dist.barrier()
+    decided = changes(column(whole, "batch/size"))[1]
+    with interruption("stop", decided):
+        assert not train(composed, run, 1, ranks)
+    assert steps_saved(run)[-1] == decided
+    dist.barrier()
+    run.clear_stop()
+    dist.barrier()
+    with interruption("crash", decided + 12), contextlib.suppress(Crash):
+        train(composed, run, 2, ranks)
+    dist.barrier()
+    assert steps_saved(run)[-1] > decided
+    if rank == 0:
+        (checkpoint.complete(run)[-1] / "__1_0.distcp").unlink()
+    dist.barrier()
+    assert train(composed, run, 3, ranks)
+
+
+def test_on_two_ranks_stopped_killed_and_with_a_shard_lost(
+    home: Path, small_corpus: list[str], capfd: pytest.CaptureFixture[str]
+):
+    composed = config(*TINY, *small_corpus, "parallel=ddp")
+    for name in ("whole", "cut"):
+        RunDirectory(home / name).write_status(Status("RUNNING"))
+    prepare(composed.data, home / "corpora", report=print)
+    gloo_ranks(2, interrupted_rank, composed, str(home))
+    assert_same_record(RunDirectory(home / "cut"), RunDirectory(home / "whole"))
+    out = capfd.readouterr().out
+    assert (
+        len(re.findall(r"checkpoint at step \d+ is damaged: __1_0.distcp is missing; passed over", out)) == 1
+    )
+    assert len(re.findall(r"^stopped at step \d+, \d+ tokens, with a checkpoint$", out, re.M)) == 1
+
+
+def test_a_stop_that_is_asked_for_before_the_first_step(home: Path, small_corpus: list[str]):
+    composed = config(*TINY, *small_corpus)
+    run = RunDirectory.of(composed)
+    run.freeze(composed)
+    run.request_stop()
+    assert not train(composed, run, 1, ranks_of(composed))
+    assert run.last_row() is None and steps_saved(run) == []
+
+
+def test_a_stop_in_the_last_step_comes_too_late(home: Path, small_corpus: list[str]):
+    composed = config(*TINY, *small_corpus, "batch=constant", "budget.tokens=1k", "lr.warmup_tokens=0")
+    with interruption("stop", 4):
+        run = train_here(composed)
+    assert run.stop_requested() and column(run, "tokens")[-1] == 992 and column(run, "val/loss")
+
+
+def test_checkpoints_by_time(home: Path, small_corpus: list[str], monkeypatch: pytest.MonkeyPatch):
+    """On a clock that goes a minute per look: every save is due 20 looks after the one before."""
+    saves: list[tuple[int, bool]] = []
+
+    class Recorder(Checkpointer):
+        def save(self, progress: Progress, wait: bool) -> None:
+            saves.append((progress.step, wait))
+            super().save(progress, wait)
+
+    class Clock:
+        perf_counter, time = staticmethod(time.perf_counter), staticmethod(time.time)
+        minutes = 0.0
+
+        def monotonic(self) -> float:
+            self.minutes += 1.0
+            return 60 * self.minutes
+
+    monkeypatch.setattr(pipeline.train, "Checkpointer", Recorder)
+    constant = [*TINY, *small_corpus, "batch=constant", "batch.size=16", "checkpoint.interval_tokens=null"]
+    run = train_here(config(*constant))
+    steps = len(column(run, "train/loss"))
+    assert saves == [(steps, True)]
+    run.path.rename(home / "first")
+    saves.clear()
+    monkeypatch.setattr(pipeline.train, "time", Clock())
+    run = train_here(config(*constant, "checkpoint.interval_minutes=20"))
+    assert saves[-1] == (steps, True) and 3 <= len(saves) <= 8
+    gaps = [after - before for (before, _), (after, _) in itertools.pairwise(saves[:-1])]
+    assert len(set(gaps)) == 1 and not any(wait for _, wait in saves[:-1])
+    assert column(run, "train/loss") == column(RunDirectory(home / "first"), "train/loss")
+
+
+# --- one checkpoint
+
+
+class Small:
+    """A model and its optimizer, after some steps, with checkpoints of their own."""
+
+    def __init__(self, home: Path, seed: int = 0, width: int = 8) -> None:
+        torch.manual_seed(seed)
+        self.model: nn.Module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        for _ in range(3):
+            self.model(torch.randn(4, width)).square().sum().backward()
+            self.optimizer.step()
+        self.run = RunDirectory(home / "small")
+        self.checkpoints = Checkpointer(self.run, ranks_of(config()), self.model, self.optimizer, None)
+
+    def tensors(self) -> list[torch.Tensor]:
+        state = self.optimizer.state.values()
+        return [*self.model.parameters(), *(tensor for entry in state for tensor in entry.values())]
+
+    def copy(self) -> list[torch.Tensor]:
+        return [tensor.detach().clone() for tensor in self.tensors()]
+
+
+def progress(step: int) -> Progress:
+    return Progress(State(8.0), Decision(8, 8.0, "held", {"test/statistic": 0.1}), 8, step, 10 * step, 1.5)
+
+
+def hold_writing(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Checkpoints are written only when the event is set."""
+    event = threading.Event()
+    original = FileSystemWriter.write_data
+
+    def wait_first(*arguments: object) -> object:
+        assert event.wait(30)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", wait_first)
+    return event
+
+
+def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def test_what_is_written_is_what_was_there_at_the_call(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """Weights, optimizer state and progress go on while the checkpoint is being written."""
+    small, write = Small(home), hold_writing(monkeypatch)
+    then, where = small.copy(), progress(5)
+    small.checkpoints.save(where, wait=False)
+    with torch.no_grad():
+        for tensor in small.tensors():
+            tensor.fill_(7)
+    where.step, where.sequences = 6, 66
+    assert not small.checkpoints.poll() and checkpoint.complete(small.run) == []
+    write.set()
+    small.checkpoints.settle()
+
+    other = Small(home, seed=1)
+    assert not same(other.copy(), then)
+    assert other.checkpoints.restore() == progress(5)
+    assert same(other.copy(), then)
+
+
+def test_the_newest_two_are_kept_and_one_is_written_at_a_time(home: Path, monkeypatch: pytest.MonkeyPatch):
+    small = Small(home)
+    for step in range(1, 5):
+        small.checkpoints.save(progress(step), wait=False)
+        assert steps_saved(small.run) == list(range(max(1, step - 2), step))
+    deadline = time.monotonic() + 30
+    while not small.checkpoints.poll():
+        assert time.monotonic() < deadline
+    assert steps_saved(small.run) == [3, 4] and not small.checkpoints.poll()
+    assert len(list(small.run.checkpoints.iterdir())) == 2
+
+    write = hold_writing(monkeypatch)
+    small.checkpoints.save(progress(5), wait=False)
+    threading.Timer(0.3, write.set).start()
+    small.checkpoints.save(progress(6), wait=True)
+    assert steps_saved(small.run) == [5, 6]
+
+
+def test_a_checkpoint_does_not_overtake_the_record(home: Path, capsys: pytest.CaptureFixture[str]):
+    """Rows that are only in memory would be lost with the process, and no later attempt would do them."""
+
+    class Stuck:
+        def flush(self) -> None:
+            raise OSError(28, "metrics.jsonl: 3 rows could not be written")
+
+    small = Small(home)
+    small.checkpoints.save(progress(1), wait=True)
+    full = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, Stuck())
+    full.save(progress(2), wait=False)
+    full.settle()
+    assert steps_saved(small.run) == [1] and len(list(small.run.checkpoints.iterdir())) == 1
+    assert "checkpoint at step 2 could not be written: metrics.jsonl: 3 rows could" in capsys.readouterr().out
+    with pytest.raises(CheckpointError, match=r"run it again: it goes on from step 1$"):
+        full.save(progress(3), wait=True)
+
+
+@given(data=st.data())
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path, data: st.DataObject):
+    """In a shard or its index. torch itself compares no checksum when it reads."""
+    if not (tmp_path / "small").exists():
+        Small(tmp_path).checkpoints.save(progress(1), wait=True)
+    small = Small(tmp_path)
+    (path,) = checkpoint.complete(small.run)
+    file = path / data.draw(st.sampled_from(["__0_0.distcp", ".metadata"]))
+    content = file.read_bytes()
+    at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
+    try:
+        if checkpoint.damage(path) is None:
+            before = small.copy()
+            with torch.no_grad():
+                for tensor in small.tensors():
+                    tensor.zero_()
+            with contextlib.suppress(CheckpointError):  # torch noticed, as it cannot find its way
+                assert small.checkpoints.restore() == progress(1) and same(small.copy(), before)
+    finally:
+        file.write_bytes(content)
+
+
+# --- damaged checkpoints
+
+
+def edit_progress(path: Path, **changes: object) -> None:
+    file = path / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def flip(path: Path, at: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shard missing": (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "shard truncated": (lambda path: truncate(path / "__0_0.distcp"), r"__0_0.distcp has \d+ of \d+ bytes"),
+    "bit flipped": (lambda path: flip(path / "__0_0.distcp", 0.5), r"in __0_0.distcp is not what was writ"),
+    "index missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "index changed": (lambda path: flip(path / ".metadata", 0.5), ".metadata is not what was written"),
+    "progress torn": (lambda path: truncate(path / "progress.json"), "progress.json is unreadable"),
+    "progress incomplete": (lambda path: edit_progress(path, schedule={}), "progress.json is unreadable"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    kind: str,
+    cut: RunDirectory,
+    whole: RunDirectory,
+    home: Path,
+    small_corpus: list[str],
+    capsys: pytest.CaptureFixture[str],
+):
+    composed = config(*TINY, *small_corpus)
+    run = copy_of(cut, composed)
+    before, newest = steps_saved(run)
+    do_damage, reason = DAMAGE[kind]
+    do_damage(checkpoint.complete(run)[-1])
+    train_here(composed, attempt=2)
+    out = capsys.readouterr().out
+    assert re.search(
+        rf"^checkpoint at step 35 is damaged: .*{reason}.*; passed over, now torn-0*35$", out, re.M
+    )
+    assert f"resumed at step {before}, " in out and newest == 35
+    assert_same_record(run, whole)
+    assert (run.checkpoints / "torn-00000035").exists()
+    assert checkpoint.load_weights(run)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(
+    cut: RunDirectory, home: Path, small_corpus: list[str]
+):
+    composed = config(*TINY, *small_corpus)
+    run = copy_of(cut, composed)
+    before, _ = checkpoint.complete(run)
+    for path in checkpoint.complete(run):
+        (path / ".metadata").rename(path / "elsewhere")
+    rows = run.metrics_file.read_bytes()
+    message = r"no checkpoint can be loaded \(step 35: .metadata is missing; step \d+: .metadata is missing\)"
+    with pytest.raises(CheckpointError, match=message + r".* delete this directory"):
+        train_here(composed, attempt=2)
+    assert run.metrics_file.read_bytes() == rows
+    with pytest.raises(ConfigError, match="holds no whole checkpoint"):
+        checkpoint.load_weights(run)
+    (before / "elsewhere").rename(before / ".metadata")
+    train_here(composed, attempt=3)
+
+
+def test_weights_are_read_from_the_newest_whole_one(home: Path, capsys: pytest.CaptureFixture[str]):
+    small = Small(home)
+    small.checkpoints.save(progress(1), wait=True)
+    before = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
+    small.optimizer.step()
+    small.checkpoints.save(progress(2), wait=True)
+    (checkpoint.complete(small.run)[-1] / "__0_0.distcp").unlink()
+    read = checkpoint.load_weights(small.run)
+    assert read.keys() == before.keys() and same(list(read.values()), list(before.values()))
+    assert "step 2 is damaged: __0_0.distcp is missing; an older one is read" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_another_model_is_refused(cut: RunDirectory, home: Path, small_corpus: list[str]):
+    wider = config(*TINY, *small_corpus, "model.width=64")
+    copy_of(cut, wider)
+    with pytest.raises(ConfigError, match=r"blocks.0.\S+ is \[\d+, 32\] there and \[\d+, 64\] here, .*more"):
+        train_here(wider, attempt=2)
+    deeper = config(*TINY, *small_corpus, "model.layers=3")
+    run = copy_of(cut, deeper)
+    with pytest.raises(ConfigError, match=r"of another model: blocks\.2\.\S+ is absent there and \[32"):
+        train_here(deeper, attempt=2)
+    assert steps_saved(run)[-1] == 35
+
+
+@pytest.mark.parametrize("schema", [0, 7])
+def test_a_checkpoint_of_another_schema_is_refused(
+    schema: int, cut: RunDirectory, home: Path, small_corpus: list[str]
+):
+    composed = config(*TINY, *small_corpus)
+    run = copy_of(cut, composed)
+    edit_progress(checkpoint.complete(run)[-1], schema=schema)
+    with pytest.raises(ConfigError, match=f"its schema is {schema}, this version reads 1. Go on with"):
+        train_here(composed, attempt=2)
+    assert steps_saved(run)[-1] == 35
+
+
+# --- a full disk, a sudden end
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_checkpoint(
+    small_disk: Path, whole: RunDirectory, small_corpus: list[str], capsys, monkeypatch: pytest.MonkeyPatch
+):
+    """First there is no room for a checkpoint, then for nothing at all, then there is again."""
+    saved: dict[int, list[int]] = {}
+
+    class Ballast(pipeline.train.Trainer):
+        def step(self) -> None:
+            match self.progress.step:
+                case 20:
+                    self.checkpoints.settle()
+                    fill(small_disk, leave=300_000)
+                case 35:
+                    self.checkpoints.settle()
+                    fill(small_disk, leave=0)
+                case 45:
+                    rows = self.run.rows()
+                    assert rows[-1]["step"] < 45 and self.progress.step == 45
+                    (small_disk / "ballast").unlink()
+            super().step()
+            saved[self.progress.step] = steps_saved(self.run)
+
+    monkeypatch.setattr(pipeline.train, "Trainer", Ballast)
+    monkeypatch.setattr(pipeline.train, "STATUS_INTERVAL_S", 0.0)
+    run = train_here(config(*TINY, *small_corpus))
+    assert_same_record(run, whole)
+    out = capsys.readouterr().out
+    (first,) = saved[20]
+    assert saved[45] == [first] and len(steps_saved(run)) == 2 and first not in steps_saved(run)
+    lost = re.findall(
+        r"^checkpoint at step (\d+) could not be written: rank 0: No space left on device; "
+        rf"the run goes on, the newest checkpoint is step {first}$",
+        out,
+        re.M,
+    )
+    assert lost and all(20 < int(step) <= 50 for step in lost)
+    assert len(re.findall(r"metrics.jsonl: 1 rows could not be written .*the run goes on", out)) == 1
+    assert len(list(run.checkpoints.iterdir())) == 2
+    assert not list(run.path.glob(".*")), "temporary files are left"
+
+
+def test_without_room_for_the_last_checkpoint_the_run_fails_and_goes_on_later(
+    small_disk: Path, small_corpus: list[str]
+):
+    """Two ranks with a supervisor. There is room for one checkpoint."""
+    composed = config(*TINY, *small_corpus, "parallel=ddp", "checkpoint.interval_tokens=12k")
+    run = frozen(composed)
+    prepare(composed.data, small_disk / "corpora", report=print)
+    fill(small_disk, leave=1_000_000)
+    worker = start(run)
+    output, _ = worker.communicate(timeout=90)
+    status, (saved,) = run.status(), steps_saved(run)
+    assert (worker.returncode, status.state) == (1, "FAILED"), output
+    assert re.fullmatch(
+        r"rank [01]: CheckpointError: the checkpoint at step \d+, the last of this attempt, could not be "
+        r"written: rank \d: No space left on device. Mend that \(on a full disk: free space\), then run it "
+        rf"again: it goes on from step {saved}",
+        status.error,
+    )
+    assert len(list(run.checkpoints.iterdir())) == 1
+    (small_disk / "ballast").unlink()
+    again = start(run)
+    output, _ = again.communicate(timeout=90)
+    assert (again.returncode, run.status().state) == (0, "DONE"), output
+    assert min(row["step"] for row in run.rows() if row["attempt"] == 2) == saved + 1
+    assert column(run, "tokens")[-1] == composed.budget_tokens and math.isfinite(column(run, "val/loss")[-1])
+
+
+def train_and_hang_while_saving(composed: Config, path: str) -> None:
+    """Hangs in the second checkpoint, its bytes half written."""
+    torch.set_num_threads(1)
+    run, original = RunDirectory(path), FileSystemWriter.write_data
+
+    def write(*arguments: object) -> object:
+        done = original(*arguments)  # type: ignore[arg-type]
+        if checkpoint.complete(run):
+            truncate(next(run.checkpoints.glob("partial-*")) / "__0_0.distcp")
+            (run.path / "hanging").touch()
+            time.sleep(600)
+        return done
+
+    FileSystemWriter.write_data = write  # type: ignore[method-assign, assignment]
+    train(composed, run, 1, ranks_of(composed))
+
+
+def test_killed_while_a_checkpoint_is_written(
+    whole: RunDirectory, home: Path, small_corpus: list[str], capsys: pytest.CaptureFixture[str]
+):
+    composed = config(*TINY, *small_corpus)
+    run = frozen(composed)
+    victim = multiprocessing.get_context("spawn").Process(
+        target=train_and_hang_while_saving, args=(composed, str(run.path))
+    )
+    victim.start()
+    deadline = time.monotonic() + 60
+    while not (run.path / "hanging").exists():
+        assert victim.is_alive() and time.monotonic() < deadline
+        time.sleep(0.01)
+    victim.kill()
+    victim.join()
+    (saved,) = steps_saved(run)
+    assert list(run.checkpoints.glob("partial-*"))
+    (run.checkpoints / "partial-99999999").mkdir()  # of a step that is not saved again
+    train_here(composed, attempt=2)
+    assert f"resumed at step {saved}, " in capsys.readouterr().out
+    assert_same_record(run, whole)
+    assert not list(run.checkpoints.glob("partial-*"))

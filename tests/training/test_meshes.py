@@ -1,0 +1,92 @@
+"""One run on every mesh: the same training, and a run that moves from mesh to mesh."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.store import RunDirectory
+from pipeline.train import Trainer
+from tests.distributed import column, on_ranks, ranks_of, train_here
+from tests.support import config
+
+MESHES = {
+    "single": ["parallel=single"],
+    "ddp2": ["parallel=ddp"],
+    "ddp4": ["parallel=ddp", "parallel.replicate=4"],
+    "fsdp2": ["parallel=fsdp"],
+    "fsdp4": ["parallel=fsdp", "parallel.shard=4"],
+    "hsdp2x2": ["parallel=hsdp"],
+    "tp2": ["parallel=tp"],
+    "fsdp2 x tp2": ["parallel=fsdp_tp"],
+}
+# 20 steps in which the norm test doubles the batch twice. Adam divides by the size of a gradient however
+# small, and so makes of rounding what it likes; with a larger eps it does not.
+TINY = [
+    "data.sequence_length=32", "budget.tokens=13k", "data.micro_batch=2", "lr.warmup_tokens=2k", "eval.sequences=10", "optim.eps=1e-4",
+    "batch=norm_test", "batch.size=8", "batch.round_to=8", "batch.max_size=32", "batch.eta=0.35", "batch.ema=0.5",
+]  # fmt: skip
+
+
+def steps_of(run: RunDirectory) -> list[dict[str, object]]:
+    return [row for row in run.rows() if "train/loss" in row]
+
+
+def test_every_mesh_trains_alike(home: Path, small_corpus: list[str]):
+    """Losses, statistics and the decisions that follow from them, over 20 steps."""
+    runs = {name: train_here(config(*TINY, *small_corpus, *mesh)) for name, mesh in MESHES.items()}
+    single = runs["single"]
+    sizes = column(single, "batch/size")
+    assert len(sizes) >= 20 and {8, 16, 32} <= set(sizes)
+    for name, run in runs.items():
+        assert column(run, "batch/size") == sizes, name
+        assert column(run, "batch/reason") == column(single, "batch/reason"), name
+        for metric in (
+            "train/loss",
+            "val/loss",
+            "grad/norm",
+            "lr",
+            "stat/mean_sq_norm",
+            "stat/variance",
+            "test/statistic",
+        ):
+            expected = column(single, metric)
+            assert len(expected) >= (1 if metric == "val/loss" else 10)
+            assert column(run, metric) == pytest.approx(expected, rel=1e-5), (name, metric)
+
+
+def some_steps(rank: int, composed: Config, path: str, attempt: int, steps: int) -> None:
+    """Goes on from the newest checkpoint for so many steps, and saves."""
+    trainer = Trainer(composed, RunDirectory(path), attempt, ranks_of(composed, rank))
+    trainer.resume()
+    for _ in range(steps):
+        trainer.step()
+    trainer.stop_agreed = True
+    trainer.save()
+    trainer.close(1)
+
+
+def test_a_run_moves_from_mesh_to_mesh(home: Path, small_corpus: list[str]):
+    """Every mesh goes on from the checkpoint of another, with the same sequences, learning rates, averages of
+    the test and moments of Adam, as if nothing had happened."""
+    whole = train_here(config(*TINY, *small_corpus))
+    moving = RunDirectory(home / "runs" / "moving")
+    order = ["single", "fsdp4", "tp2", "hsdp2x2", "ddp2", "fsdp2 x tp2", "fsdp2", "ddp4"]
+    steps = [3, 3, 3, 3, 3, 2, 3, 2]
+    for attempt, (name, count) in enumerate(zip(order, steps, strict=True), start=1):
+        composed = config(*TINY, *small_corpus, *MESHES[name])
+        on_ranks(composed, some_steps, composed, str(moving.path), attempt, count)
+    moved, expected = steps_of(moving), steps_of(whole)[: sum(steps)]
+    assert [row["attempt"] for row in moved] == [i + 1 for i, count in enumerate(steps) for _ in range(count)]
+    for metric in ("step", "tokens", "sequences", "batch/size", "batch/reason", "lr"):
+        assert [row[metric] for row in moved] == [row[metric] for row in expected], metric
+    assert max(row["batch/size"] for row in expected) == 32
+    for metric in ("train/loss", "grad/norm"):
+        values = [row[metric] for row in expected]
+        assert [row[metric] for row in moved] == pytest.approx(values, rel=1e-5), metric
+    tested = [row for row in moved if "test/statistic" in row]
+    assert [row["test/statistic"] for row in tested] == pytest.approx(
+        [row["test/statistic"] for row in expected if "test/statistic" in row], rel=1e-4
+    )
