@@ -214,9 +214,14 @@ class Config:
         return self.budget_sequences * self.data.sequence_length
 
     @property
+    def batch_unit(self) -> int:
+        """Sequences of one micro-batch on every data-parallel rank."""
+        return self.parallel.data_ranks * self.data.micro_batch
+
+    @property
     def batch_multiple(self) -> int:
         """Applied batch sizes are multiples of this many sequences."""
-        return self.batch.round_to or self.parallel.data_ranks * self.data.micro_batch
+        return self.batch.round_to or self.batch_unit
 
     def batch_plan(self) -> BatchPlan:
         """The batch of every step, or their range where measurements decide."""
@@ -485,7 +490,7 @@ def _check_data(config: Config) -> list[str]:
 
 def _check_batch(config: Config) -> list[str]:
     batch, ranks, micro = config.batch, config.parallel.data_ranks, config.data.micro_batch
-    unit, problems = ranks * micro, []
+    unit, problems = config.batch_unit, []
     if batch.round_to:
         problems += _divides("ranks × data.micro_batch", unit, "batch.round_to", batch.round_to)
     if not 0 <= batch.ema < 1:

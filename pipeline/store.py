@@ -88,6 +88,7 @@ class Status:
     updated: float | None = None
     host: str | None = None
     job: str | None = None
+    mesh: str | None = None
     exit_code: int | None = None
     error: str | None = None
 

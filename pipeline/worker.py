@@ -1,6 +1,6 @@
 """Executes one frozen run directory: the only door into training.
 
-    python -m pipeline.worker RUN_DIR
+    python -m pipeline.worker RUN_DIR [parallel=… parallel.*=… launch.*=…]
 
 Started plainly it is the supervisor: it takes the run's lock, starts one process per rank with torch's
 elastic launcher, and turns however they end into the run's status. The ranks are this module again, told
@@ -22,9 +22,11 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from pipeline.attempt import for_attempt, mesh_of
 from pipeline.config import Config, ConfigError, check
 from pipeline.store import AlreadyRunning, RunDirectory, home, python, report
 
@@ -38,10 +40,11 @@ WRONG_REQUEST = 2
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python -m pipeline.worker RUN_DIR", file=sys.stderr)
+    if not arguments:
+        print("usage: python -m pipeline.worker RUN_DIR [parallel=… launch.*=…]", file=sys.stderr)
         return WRONG_REQUEST
-    run = RunDirectory(Path(arguments[0]).resolve())
+    directory, *changes = arguments
+    run = RunDirectory(Path(directory).resolve())
     if is_rank := SUPERVISOR_VARIABLE in os.environ:
         _die_with_supervisor()
     elif "RANK" in os.environ:
@@ -50,7 +53,9 @@ def main(arguments: list[str]) -> int:
     try:
         config = run.config()
         check(config)
-        return run_rank(config, run) if is_rank else supervise(config, run)
+        if changes:
+            config = for_attempt(config, changes)
+        return run_rank(config, run) if is_rank else supervise(config, run, changes)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return WRONG_REQUEST
@@ -62,8 +67,11 @@ def main(arguments: list[str]) -> int:
 # --- the supervisor --------------------------------------------------------------------------------------
 
 
-def supervise(config: Config, run: RunDirectory) -> int:
-    """Runs all ranks of the next attempt and records how they ended. Raises AlreadyRunning."""
+def supervise(config: Config, run: RunDirectory, changes: Sequence[str]) -> int:
+    """Runs all ranks of the next attempt and records how they ended. Raises AlreadyRunning.
+
+    `config` has the `changes` of this attempt already; the ranks are told of them.
+    """
     with run.lock():
         status = run.status()
         if status and status.state == "DONE":
@@ -81,15 +89,16 @@ def supervise(config: Config, run: RunDirectory) -> int:
             budget_tokens=config.budget_tokens,
             host=socket.gethostname(),
             job=os.environ.get("SLURM_JOB_ID"),
+            mesh=mesh_of(config),
             exit_code=None,
             error=None,
         )
-        report(f"run {run.id}: attempt {attempt}, logs in {run.logs}")
+        report(f"run {run.id}: attempt {attempt} on {mesh_of(config)}, logs in {run.logs}")
         finished = threading.Event()
         reporter = threading.Thread(target=_report_progress, args=(run, finished), daemon=True)
         reporter.start()
         try:
-            state, exit_code, error = _run_ranks(config, run, attempt, stops)
+            state, exit_code, error = _run_ranks(config, run, attempt, stops, changes)
         except KeyboardInterrupt:
             state, exit_code, error = stops.outcome()
         finally:
@@ -180,7 +189,9 @@ def _again(run: RunDirectory) -> str:
     return f"{python()} -m pipeline.worker {os.path.relpath(run.path)}"
 
 
-def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) -> tuple[str, int, str | None]:
+def _run_ranks(
+    config: Config, run: RunDirectory, attempt: int, stops: Stops, changes: Sequence[str]
+) -> tuple[str, int, str | None]:
     """(state, exit code, error) of one attempt. Raises KeyboardInterrupt when it is to end at once."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -205,7 +216,7 @@ def _run_ranks(config: Config, run: RunDirectory, attempt: int, stops: Stops) ->
         signals_to_handle="",  # `stops` does
         local_addr="localhost",
     )
-    command = [sys.executable, "-m", "pipeline.worker", str(run.path)]
+    command = [sys.executable, "-m", "pipeline.worker", str(run.path), *changes]
     stops.act()
     try:
         # Before the ranks start, so that none of them waits in a collective for another's tokenising.

@@ -24,6 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.gradients.dtensor import local
 
+# torch 2.13 renamed both and warns of the old names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def exchange(flat: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Rows [ranks, n / ranks] of `flat` [n] as each rank of `group` has it; row r is rank r's."""
@@ -59,7 +63,7 @@ class BucketExchange:
         rows = exchange(padded(flat, group.size()), group)
         self._see(rows)
         mean = torch.empty(rows.numel(), dtype=flat.dtype, device=flat.device)
-        dist.all_gather_into_tensor(mean, rows.mean(0), group=group)
+        _all_gather(mean, rows.mean(0), group)
         flat.copy_(mean[: flat.numel()])
         devices = [flat.device] if flat.is_cuda else None
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
@@ -123,9 +127,7 @@ class _LayerExchange:
         async_op: bool = False,
     ) -> dist.Work | None:
         if not self._owner.active:
-            work: dist.Work | None = dist.reduce_scatter_tensor(
-                output=output_tensor, input=input_tensor, op=op, group=group, async_op=async_op
-            )
+            work: dist.Work | None = _reduce_scatter(output_tensor, input_tensor, op, group, async_op)
             return work
         assert op == dist.ReduceOp.AVG, f"FSDP2 reduces with {op}, not by averaging"
         rows = exchange(input_tensor, group)

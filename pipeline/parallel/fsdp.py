@@ -4,6 +4,7 @@ state, and gathers one layer's parameters at a time (Zhao et al. 2023, arXiv 230
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import TYPE_CHECKING, cast
 
 from pipeline.parallel import _strategy
@@ -52,6 +53,8 @@ def fully_shard_layers(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig)
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    # It warns of changes in place, which the model does not make.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Gradients are summed over ranks in float32: a batch test subtracts nearly equal numbers.
     policy = MixedPrecisionPolicy()
     if parallel.precision == "bfloat16":

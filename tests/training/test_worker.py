@@ -29,9 +29,9 @@ TINY = [
 ]
 
 
-def start(run: RunDirectory, **environment: str) -> subprocess.Popen[str]:
+def start(run: RunDirectory, *changes: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline.worker", str(run.path)],
+        [sys.executable, "-m", "pipeline.worker", str(run.path), *changes],
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -196,6 +196,31 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(home: Path, small_c
     uninterrupted = train_here(composed)
     for name in ("tokens", "batch/size", "lr", "train/loss", "val/loss"):
         assert column(RunDirectory(home / "stopped"), name) == column(uninterrupted, name)
+
+
+def test_a_stopped_run_goes_on_on_another_mesh(home: Path, small_corpus: list[str]):
+    """The same run: one record, the same steps, and the mesh of the attempt in its status."""
+    composed = config(*TINY, *small_corpus, "budget.tokens=100k", "parallel=single")
+    run = frozen(composed)
+    worker = start(run)
+    wait_for_step(run, 10)
+    worker.terminate()
+    worker.communicate(timeout=60)
+    assert (run.status().state, run.status().mesh) == ("CANCELLED", "single")
+    stopped_at = run.last_row()["step"]
+
+    refused = start(run, "batch.size=8")
+    output, _ = refused.communicate(timeout=60)
+    assert refused.returncode == 2 and "batch.size=8: an attempt can change parallel=…" in output
+    worker = start(run, "parallel=fsdp")
+    output, _ = worker.communicate(timeout=120)
+    assert worker.returncode == 0 and "attempt 2 on fsdp, shard 2" in output, output
+    assert (run.status().state, run.status().mesh) == ("DONE", "fsdp, shard 2")
+    run.path.rename(home / "moved")
+    moved, whole = RunDirectory(home / "moved"), train_here(composed)
+    assert {row["attempt"] for row in moved.rows() if row["step"] > stopped_at} == {2}
+    assert column(moved, "tokens") == column(whole, "tokens")
+    assert column(moved, "train/loss") == pytest.approx(column(whole, "train/loss"), rel=1e-3)
 
 
 @contextlib.contextmanager
