@@ -21,6 +21,7 @@ import shutil
 import warnings
 import zipfile
 import zlib
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,9 +103,11 @@ class Checkpointer:
         ranks: Ranks,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        captured: Mapping[str, torch.Tensor],
         record: MetricsWriter | None,
     ) -> None:
         self._run, self._ranks, self._model, self._optimizer = run, ranks, model, optimizer
+        self._captured = captured  # what the gradient statistics remember, by parameter name
         self._record = record  # rank 0's
         # A group of its own: the thread that writes must not meet the collectives of the training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if ranks.world_size > 1 else None
@@ -120,7 +123,7 @@ class Checkpointer:
         """
         self.settle()
         partial = self._run.checkpoints / f"partial-{progress.step:08d}"
-        tensors = _tensors(self._model, self._optimizer)
+        tensors = self._tensors()
         copier = DefaultStager(StagingOptions(False, False, False, False))  # it has copied when it returns
         written = dcp.async_save(
             tensors, storage_writer=_Writer(partial), async_stager=copier, process_group=self._group
@@ -198,6 +201,11 @@ class Checkpointer:
         for old in complete(self._run)[:-KEEP]:
             shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
 
+    def _tensors(self) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
+        tensors = {"model": model_state, "optimizer": optimizer_state}
+        return tensors | ({"captured": dict(self._captured)} if self._captured else {})
+
     def _newest(self) -> int | None:
         paths = complete(self._run)
         return _step(paths[-1]) if paths else None
@@ -231,7 +239,7 @@ class Checkpointer:
 
     def _load(self, path: Path) -> str | None:
         """What is wrong with a checkpoint that cannot be loaded. Raises ConfigError for another model's."""
-        tensors = _tensors(self._model, self._optimizer)
+        tensors = self._tensors()
         _check_same_model(path, {name: tensor.size() for name, tensor in tensors["model"].items()})
         try:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group)
@@ -363,11 +371,6 @@ def _set_aside(torn: dict[Path, str]) -> None:
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
 
 
 def _in_one_line(error: BaseException) -> str:

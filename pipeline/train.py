@@ -98,7 +98,8 @@ class Trainer:
         self.metrics = MetricsWriter(run.metrics_file) if ranks.is_main else None
         self.tracker = Tracker(config, run, attempt) if ranks.is_main else None
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if self._on_gpu else None
-        self.checkpoints = Checkpointer(run, ranks, self.model, self.optimizer, self.metrics)
+        captured = self.capture.saved if self.capture else {}
+        self.checkpoints = Checkpointer(run, ranks, self.model, self.optimizer, captured, self.metrics)
         self.stop_agreed = self.save_agreed = False  # by all ranks, in the step just done
         self.resumed_at = time.perf_counter()  # training time runs from here
         self.status_at = self.stop_looked_at = 0.0

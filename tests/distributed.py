@@ -1,4 +1,5 @@
-"""Real ranks for tests: gloo processes with a timeout and the child's own traceback."""
+"""Real ranks for tests: processes joined by gloo (nccl where each has a GPU), with a timeout and the child's
+own traceback."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def gloo_ranks(
                 for process in context.processes:
                     process.kill()
                 raise TimeoutError(f"{function.__name__} did not end within {timeout_s:.0f} s")
-        return [torch.load(f"{directory}/result-{rank}", weights_only=False) for rank in range(world_size)]
+        files = [f"{directory}/result-{rank}" for rank in range(world_size)]
+        return [torch.load(file, weights_only=False, map_location="cpu") for file in files]
 
 
 def _rank(
@@ -44,7 +46,11 @@ def _rank(
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     store = f"file://{directory}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    device = device_of(rank, world_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
     try:
         torch.save(function(rank, *arguments), f"{directory}/result-{rank}")
         dist.barrier()
@@ -61,7 +67,14 @@ def on_ranks(config: Config, function: Callable[..., object], *arguments: object
 
 def ranks_of(config: Config, rank: int = 0) -> Ranks:
     parallel = config.parallel
-    return Ranks(rank, parallel.world_size, rank // parallel.tensor, parallel.data_ranks, torch.device("cpu"))
+    device = device_of(rank, parallel.world_size)
+    return Ranks(rank, parallel.world_size, rank // parallel.tensor, parallel.data_ranks, device)
+
+
+def device_of(rank: int, world_size: int) -> torch.device:
+    """For several ranks a GPU each, where there are as many, and nccl between them; else the CPU and gloo."""
+    enough = 1 < world_size <= torch.cuda.device_count()
+    return torch.device("cuda", rank) if enough else torch.device("cpu")
 
 
 def train_rank(rank: int, config: Config, path: str, attempt: int = 1) -> None:

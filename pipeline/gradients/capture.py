@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,11 @@ from pipeline.parallel._ranks import Ranks
 
 class Capture(Protocol):
     """Sees the gradients of the units of one optimizer step; see the files for what a unit is."""
+
+    @property
+    def saved(self) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint must hold of it."""
+        ...
 
     @property
     def whole(self) -> bool | None:
@@ -38,10 +43,11 @@ def capture_for(needs: Needs, model: nn.Module, optimizer: torch.optim.Optimizer
     """To be called by all ranks, after the model is distributed and has its weights."""
     if needs.units == "worker":
         return WorkerCapture(model, ranks, needs.coordinates)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # DDP puts a prefix before names, which a checkpoint must not have.
+    parameters = {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
     direction: Direction | None = None
     if needs.direction == "momentum":
-        direction = Momentum(parameters, optimizer)
+        direction = Momentum(list(parameters.values()), optimizer)
     elif needs.direction == "previous":
         direction = Previous(parameters)
     return MicrobatchCapture(model, ranks, needs.measured_units, direction)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -12,8 +12,13 @@ from pipeline.gradients.dtensor import local
 
 class Direction(Protocol):
     @property
+    def saved(self) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint must hold of it, by parameter name."""
+        ...
+
+    @property
     def known(self) -> bool:
-        """Not before the first step."""
+        """Whether there is a direction yet: the same on all ranks."""
         ...
 
     def parts(self) -> list[torch.Tensor]:
@@ -26,7 +31,9 @@ class Direction(Protocol):
 
 
 class Momentum:
-    """The optimizer's first moment. No memory of its own: it lies beside the parameters already."""
+    """The optimizer's first moment. It lies beside the parameters already, and in the checkpoint."""
+
+    saved: Mapping[str, torch.Tensor] = {}
 
     def __init__(self, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
         self._parameters, self._state = parameters, optimizer.state
@@ -43,21 +50,17 @@ class Momentum:
 
 
 class Previous:
-    """The mean gradient of the measured step before. A copy of it: 4 bytes per element on this rank."""
+    """The mean gradient of the measured step before, zero at first. A copy: 4 bytes per element on a rank."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = parameters
-        self._copies: list[torch.Tensor] = []
+    known = True
 
-    @property
-    def known(self) -> bool:
-        return bool(self._copies)
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = list(parameters.values())
+        self.saved = {name: torch.zeros_like(parameter.detach()) for name, parameter in parameters.items()}
 
     def parts(self) -> list[torch.Tensor]:
-        return self._copies
+        return [local(copy) for copy in self.saved.values()]
 
     def step_done(self) -> None:
         gradients = [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
-        if not self._copies:
-            self._copies = [torch.empty_like(gradient) for gradient in gradients]
-        torch._foreach_copy_(self._copies, gradients)
+        torch._foreach_copy_(self.parts(), gradients)

@@ -99,8 +99,8 @@ def layers_of(model: nn.Module, leaves: dict[str, torch.Tensor], ranks: int) -> 
 
 
 class ShardExchange:
-    """Stands in for FSDP2's reduce-scatter (set_custom_reduce_scatter), and while active shows `see` a layer's
-    number and rows. FSDP2 does not call it where there is a single shard."""
+    """Stands in for FSDP2's reduce-scatter (set_custom_reduce_scatter); while active it shows `see` a
+    layer's number and rows. FSDP2 does not call it where there is a single shard."""
 
     def __init__(self, layers: list[Layer], see: Callable[[int, torch.Tensor], None]) -> None:
         self.active = False

@@ -9,7 +9,7 @@ has the part of its tokens, and parts of a vector do not tell its norm.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -65,6 +65,11 @@ class MicrobatchCapture:
             leaf.register_hook(self._hook(index, leaf))
 
     @property
+    def saved(self) -> Mapping[str, torch.Tensor]:
+        """What a checkpoint must hold of it."""
+        return self._direction.saved if self._direction else {}
+
+    @property
     def whole(self) -> bool | None:
         """Whether ranks must keep their gradients whole until the step's last micro-batch, or must not."""
         return self._projecting.whole if self._projecting else None
@@ -105,7 +110,6 @@ class MicrobatchCapture:
         self._counts = counts[: self._limit]
         self._step_sequences = sum(counts)
         self._sums.zero_()
-        # Before the first update there may be no direction: the same on all ranks.
         known = self._direction is not None and self._direction.known
         self._projecting = self._projections if known else None
         if self._projecting:
@@ -158,7 +162,7 @@ class MicrobatchCapture:
     def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
         measured = [(i, count) for i, count in enumerate(self._counts) if count]
         along = None
-        if self._projecting:
+        if self._projecting and sums[2] > 0:
             sq_norm, *products = sums[2:]
             along = Projections(
                 sequences=tuple(count for _, count in measured),

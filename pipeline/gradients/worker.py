@@ -8,7 +8,7 @@ and J²·n multiplications; gradients stay whole on each rank until the last mic
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ class WorkerCapture:
     """The Gram matrix of the ranks' gradients in one step and, if asked, variances of coordinates."""
 
     whole = True
+    saved: Mapping[str, torch.Tensor] = {}
 
     def __init__(self, model: nn.Module, ranks: Ranks, coordinates: bool = False) -> None:
         self._ranks = ranks

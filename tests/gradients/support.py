@@ -115,7 +115,7 @@ def run_step(strategy: Strategy, model: torch.nn.Module, capture: Capture) -> Gr
     for index in range(rounds):
         unit = index * ranks.data_ranks + ranks.data_rank
         count = COUNTS[unit] if unit < len(COUNTS) else 0
-        batch = tokens()[unit * MICRO :][: max(count, 1)] if count else tokens()[:1]
+        batch = (tokens()[unit * MICRO :][:count] if count else tokens()[:1]).to(ranks.device)
         with strategy.micro_batch(model, last=index + 1 == rounds, whole=whole), strategy.loss():
             loss = mean_loss(model, batch) * (count * ranks.data_ranks / SEQUENCES)
             with capture.unit(unit):
@@ -128,7 +128,7 @@ def run_step(strategy: Strategy, model: torch.nn.Module, capture: Capture) -> Gr
 def full_gradient(model: torch.nn.Module) -> Tensor:
     """[parameters], on every rank."""
     gradients = [parameter.grad for parameter in model.parameters()]
-    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in gradients])
+    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten() for g in gradients]).cpu()
 
 
 class Fixed:
@@ -138,7 +138,7 @@ class Fixed:
         self._parts = []
         generator = torch.Generator().manual_seed(7)
         for parameter in model.parameters():
-            whole = torch.randn(parameter.shape, generator=generator) * 1e-3
+            whole = (torch.randn(parameter.shape, generator=generator) * 1e-3).to(parameter.device)
             if isinstance(parameter, DTensor):
                 mesh, placements = parameter.device_mesh, parameter.placements
                 whole = local(distribute_tensor(whole, mesh, placements, src_data_rank=None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import numpy as np
@@ -168,7 +169,7 @@ def test_estimates_of_a_real_model_are_unbiased(limit: int | None):
         model.zero_grad()
         capture.start_step([2] * 8)
         for unit, sequences in enumerate(units_of_draw):
-            loss = mean_loss(model, tokens(32)[sequences]) / 8
+            loss = mean_loss(model, tokens(32)[sequences].to(strategy.ranks.device)) / 8
             with capture.unit(unit):
                 loss.backward()
         mean_sq_norm = float(full_gradient(model).double().square().sum())
@@ -183,7 +184,7 @@ def test_nothing_is_seen_outside_a_unit():
     strategy, model = distributed(0, configured("single"))
     capture = MicrobatchCapture(model, strategy.ranks)
     capture.start_step([2, 2])
-    mean_loss(model, tokens()[:2]).backward()
+    mean_loss(model, tokens()[:2].to(strategy.ranks.device)).backward()
     assert capture.sums().tolist() == [0, 0]
 
 
@@ -200,8 +201,8 @@ def test_directions_of_the_trainer_lag_one_step_behind():
     assert [run_step(strategy, model, capture).along for capture in captures.values()] == [None, None]
     first = full_gradient(model).double()
     optimizer.step()
-    moment = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in parameters]).double()
-    gradients = group_means(sequence_gradients_of(model), units())
+    moment = torch.cat([optimizer.state[p]["exp_avg"].flatten().cpu() for p in parameters]).double()
+    gradients = group_means(sequence_gradients_of(copy.deepcopy(model).cpu()), units())
     for name, direction in (("momentum", moment), ("previous", first)):
         along = run_step(strategy, model, captures[name]).along
         assert along.products == pytest.approx((gradients @ direction).tolist(), rel=1e-4, abs=1e-7)

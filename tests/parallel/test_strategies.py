@@ -29,14 +29,15 @@ def weights_and_loss(rank: int, mesh: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for variant, more in VARIANTS.items():
         strategy, model = distributed(rank, config(*MESHES[mesh], *SMALL, *more))
-        batch = tokens(12)[strategy.ranks.data_rank :: strategy.ranks.data_ranks]
+        ranks = strategy.ranks
+        batch = tokens(12)[ranks.data_rank :: ranks.data_ranks].to(ranks.device)
         with strategy.micro_batch(model, last=True, whole=False), strategy.loss():
             with strategy.autocast():
                 loss = mean_loss(model, batch)
             loss.backward()
         strategy.complete_gradients(list(model.parameters()))
         found[variant] = {
-            "loss": strategy.ranks.sum(loss.detach().double().view(1))[0] / strategy.ranks.world_size,
+            "loss": ranks.sum(loss.detach().double().view(1))[0] / ranks.world_size,
             "gradient": full_gradient(model),
             "elements": sum(local(p).numel() for p in model.parameters()),
             "weights": {
@@ -99,7 +100,7 @@ def compiled(rank: int) -> list[torch.Tensor]:
     for compile_ in ("false", "true"):
         strategy, model = distributed(rank, config("parallel=fsdp", *SMALL, f"parallel.compile={compile_}"))
         with strategy.micro_batch(model, last=True, whole=False):
-            mean_loss(model, tokens(4)).backward()
+            mean_loss(model, tokens(4).to(strategy.ranks.device)).backward()
         gradients.append(full_gradient(model))
     return gradients
 

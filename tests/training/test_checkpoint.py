@@ -256,7 +256,7 @@ class Small:
             self.model(torch.randn(4, width)).square().sum().backward()
             self.optimizer.step()
         self.run = RunDirectory(home / "small")
-        self.checkpoints = Checkpointer(self.run, ranks_of(config()), self.model, self.optimizer, None)
+        self.checkpoints = Checkpointer(self.run, ranks_of(config()), self.model, self.optimizer, {}, None)
 
     def tensors(self) -> list[torch.Tensor]:
         state = self.optimizer.state.values()
@@ -333,7 +333,7 @@ def test_a_checkpoint_does_not_overtake_the_record(home: Path, capsys: pytest.Ca
 
     small = Small(home)
     small.checkpoints.save(progress(1), wait=True)
-    full = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, Stuck())
+    full = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, {}, Stuck())
     full.save(progress(2), wait=False)
     full.settle()
     assert steps_saved(small.run) == [1] and len(list(small.run.checkpoints.iterdir())) == 1

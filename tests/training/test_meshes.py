@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+import pipeline.train
+from pipeline.batch import norm_test
+from pipeline.batch._interface import Needs, State, StepDone
 from pipeline.config import Config
+from pipeline.gradients.statistics import GradientStatistics, Projections
 from pipeline.store import RunDirectory
 from pipeline.train import Trainer
 from tests.distributed import column, on_ranks, ranks_of, train_here
@@ -66,6 +71,55 @@ def some_steps(rank: int, composed: Config, path: str, attempt: int, steps: int)
     trainer.stop_agreed = True
     trainer.save()
     trainer.close(1)
+
+
+def projections(
+    rank: int,
+    composed: Config,
+    path: str,
+    attempt: int,
+    steps: int,
+    direction: Literal["momentum", "previous"],
+) -> list[Projections]:
+    """Of each measured step, the schedule being a norm test that also asks for a direction."""
+
+    class Projecting(norm_test.Schedule):
+        def __init__(self, config: Config) -> None:
+            super().__init__(config)
+            self.needs = Needs("microbatch", direction=direction)
+
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline.train, "schedule_class", lambda name: Projecting)
+        decide = Projecting.decide
+
+        def keep(self: Projecting, state: State, done: StepDone, statistics: GradientStatistics):
+            seen.append(statistics.along)
+            return decide(self, state, done, statistics)
+
+        patch.setattr(Projecting, "decide", keep)
+        some_steps(rank, composed, path, attempt, steps)
+    return seen
+
+
+@pytest.mark.parametrize("direction", ["momentum", "previous"])
+def test_the_direction_moves_along(
+    direction: Literal["momentum", "previous"], home: Path, small_corpus: list[str]
+):
+    """The first step after a change of mesh is projected on what the last step before it left behind."""
+    single = config(*TINY, *small_corpus)
+    (whole,) = on_ranks(single, projections, single, str(home / "runs/whole"), 1, 7, direction)
+    moved: list[Projections] = []
+    for attempt, (name, steps) in enumerate([("fsdp2", 3), ("tp2", 2), ("single", 2)], start=1):
+        composed = config(*TINY, *small_corpus, *MESHES[name])
+        moved += on_ranks(
+            composed, projections, composed, str(home / "runs/moved"), attempt, steps, direction
+        )[0]
+    assert len(moved) == len(whole) == 7 and moved[0] is whole[0] is None
+    for here, there in zip(moved[1:], whole[1:], strict=True):
+        scale = max(map(abs, there.products))
+        assert here.products == pytest.approx(there.products, abs=1e-4 * scale)
+        assert here.sq_norm == pytest.approx(there.sq_norm, rel=1e-4)
 
 
 def test_a_run_moves_from_mesh_to_mesh(home: Path, small_corpus: list[str]):
