@@ -14,15 +14,14 @@ import contextlib
 import json
 import os
 import platform
-import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
 
+from benchmarks.timing import Seconds, in_turns, ratio
 from pipeline.config import Config
 from pipeline.data import Stream, prepare
 from pipeline.model.init import initialise
@@ -72,23 +71,6 @@ def trainer(composed: Config, rank: int = 0) -> Trainer:
     return Trainer(composed, run, 1, ranks_of(composed, rank))
 
 
-Seconds = dict[str, list[tuple[float, float]]]  # of each step of each variant: wall, processor
-
-
-def in_turns(variants: dict[str, Callable[[], None]], rounds: int) -> Seconds:
-    """Two rounds of warm-up are left out."""
-    seconds: Seconds = {name: [] for name in variants}
-    order, names = random.Random(0), list(variants)  # the same order on all ranks
-    for turn in range(rounds + 2):
-        order.shuffle(names)
-        for name in names:
-            wall, processor = time.perf_counter(), time.process_time()
-            variants[name]()
-            if turn >= 2:
-                seconds[name].append((time.perf_counter() - wall, time.process_time() - processor))
-    return seconds
-
-
 def single(rounds: int) -> Seconds:
     plain, tested = config(*COMMON), config(*COMMON, *EVERY_STEP)
     variants = {"hand": hand_written(plain), "plain": trainer(plain).step, "tested": trainer(tested).step}
@@ -98,17 +80,6 @@ def single(rounds: int) -> Seconds:
 def ddp(rank: int, rounds: int) -> Seconds:
     plain, tested = (config(*COMMON, *more, "parallel=ddp", "batch.size=16") for more in ([], EVERY_STEP))
     return in_turns({"plain": trainer(plain, rank).step, "tested": trainer(tested, rank).step}, rounds)
-
-
-def ratio(above: list[tuple[float, float]], below: list[tuple[float, float]]) -> dict[str, float]:
-    pairs = list(zip(above, below, strict=True))
-    q1, median, q3 = statistics.quantiles([a[0] / b[0] for a, b in pairs], n=4)
-    return {
-        "ratio": median,
-        "q1": q1,
-        "q3": q3,
-        "processor": statistics.median(a[1] / b[1] for a, b in pairs),
-    }
 
 
 def main() -> int:

@@ -2,20 +2,23 @@
 
     python -m pipeline.worker RUN_DIR parallel=fsdp parallel.shard=8
 
-The run stays the same run: a checkpoint of any mesh can be continued on any other, and sequences, learning
-rates and decisions do not depend on the mesh.
+The run stays the same run: a checkpoint of any mesh can be continued on any other, and sequences,
+batches, learning rates and decisions stay what they would have been. A batch that the new ranks cannot
+share out evenly leaves some of them idle at its end.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import yaml
 
-from pipeline.config import Config, ConfigError, check, nearest, parse, to_tree
+from pipeline.batch import schedule_class
+from pipeline.config import MESH_AXES, Config, ConfigError, check_mesh, nearest, parse, to_tree
 from pipeline.overrides import CONF, options_of
+from pipeline.parallel import strategy_class
 
 GROUPS = ("parallel", "launch")
 
@@ -23,35 +26,64 @@ GROUPS = ("parallel", "launch")
 def for_attempt(config: Config, changes: Sequence[str]) -> Config:
     """`config` with `changes` to its parallel and launch settings, checked. Raises ConfigError."""
     tree = to_tree(config)
-    for change in changes:
-        key, equals, text = change.partition("=")
-        group, _, setting = key.partition(".")
-        if not equals or group not in GROUPS:
-            raise ConfigError(
-                f"{change}: an attempt can change parallel=…, parallel.* and launch.* alone; "
-                f"with anything else it would be another run"
-            )
-        if setting:
-            tree[group][setting] = yaml.safe_load(text)
-            continue
-        if text not in options_of(group):
-            hint = nearest(text, options_of(group))
-            raise ConfigError(
-                f"{change}: no such option of {group}."
-                + (f" Did you mean {hint}?" if hint else "")
-                + f" Options: {', '.join(options_of(group))}"
-            )
-        tree[group] |= yaml.safe_load((CONF / group / f"{text}.yaml").read_text(encoding="utf-8")) or {}
+    # Options of a group before single settings, in whatever order they are given: as Hydra does.
+    for change in sorted(changes, key=lambda change: "." in change.partition("=")[0]):
+        _apply(change, tree)
     changed = parse(tree)
-    # Batches are what they were, unless the new number of ranks cannot share them out evenly.
-    multiple = math.lcm(config.batch_multiple, changed.batch_unit)
-    changed = replace(changed, batch=replace(changed.batch, round_to=multiple))
-    check(changed)
+    changed = replace(changed, batch=replace(changed.batch, round_to=config.batch_multiple))
+    if problems := [*check_mesh(changed), *_check_same_run(config, changed)]:
+        raise ConfigError(*problems)
     return changed
+
+
+def _apply(change: str, tree: dict[str, Any]) -> None:
+    key, equals, text = change.partition("=")
+    group, _, setting = key.partition(".")
+    if not equals or group not in GROUPS:
+        raise ConfigError(
+            f"{change}: an attempt can change parallel=…, parallel.* and launch.* alone; "
+            f"with anything else it would be another run"
+        )
+    if setting:
+        try:
+            tree[group][setting] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{change}: the value cannot be read") from None
+    elif text in options_of(group):
+        tree[group] |= yaml.safe_load((CONF / group / f"{text}.yaml").read_text(encoding="utf-8")) or {}
+    else:
+        hint = nearest(text, options_of(group))
+        raise ConfigError(
+            f"{change}: no such option of {group}."
+            + (f" Did you mean {hint}?" if hint else "")
+            + f" Options: {', '.join(options_of(group))}"
+        )
+
+
+def _check_same_run(frozen: Config, changed: Config) -> list[str]:
+    """What would make other numbers of it, beyond rounding."""
+    before, after = frozen.parallel, changed.parallel
+    problems = []
+    if after.precision != before.precision:
+        problems.append(
+            f"parallel.precision={after.precision}: the run computes in {before.precision}; "
+            f"in another precision it would be another run"
+        )
+    needs = schedule_class(frozen.batch.schedule)(frozen).needs
+    if needs and needs.units == "worker":
+        visible = strategy_class(after.strategy).shows_workers(after)
+        if after.data_ranks != before.data_ranks or not visible:
+            problems.append(
+                f"parallel: {mesh_of(changed)}: batch.estimator={frozen.batch.estimator} compares the "
+                f"{before.data_ranks} data-parallel ranks of this run. Keep replicate × shard = "
+                f"{before.data_ranks}, with parallel=ddp or a parallel.shard of at least 2"
+            )
+    return problems
 
 
 def mesh_of(config: Config) -> str:
     """In a few words, for people: `fsdp, shard 4`."""
     parallel = config.parallel
-    axes = [f"{axis} {n}" for axis in ("replicate", "shard", "tensor") if (n := getattr(parallel, axis)) > 1]
-    return ", ".join([parallel.strategy, *axes])
+    return ", ".join(
+        [parallel.strategy, *(f"{axis} {n}" for axis in MESH_AXES if (n := getattr(parallel, axis)) > 1)]
+    )

@@ -1,13 +1,15 @@
 """Checkpoints: everything that decides how a run goes on.
 
     checkpoints/step-00000120/   torch.distributed.checkpoint: model and optimizer, by parameter name
-                progress.json    where the run stands: clock, stream position, batch schedule
+                progress.json    where the run stands: clock, stream position, batch schedule; of what model
                 partial-…        being written, or left by a process that died; removed at the next start
-                torn-…           found damaged and passed over; nothing reads it again
+                torn-…           found damaged and passed over; nothing reads it again, and it is removed
+                                 when the run that went on without it has saved its first checkpoint
 
 A checkpoint is written beside the training, under a temporary name, and renamed when complete. The newest
-two are kept. Before one is loaded all its bytes are compared with their checksums. Ranks in any number and
-under any strategy read what others wrote.
+two are kept. Before one is loaded all its bytes, progress.json included, are compared with their checksums.
+Damaged is what is missing, too short or not what was written; a disk that does not answer ends the attempt,
+and nothing is changed. Ranks in any number and under any strategy read what others wrote.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ import shutil
 import warnings
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +42,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from pipeline.batch._interface import Decision, State
 from pipeline.config import ConfigError
 from pipeline.parallel._ranks import Ranks
-from pipeline.store import MetricsWriter, RunDirectory, report, write_atomically
+from pipeline.store import MetricsWriter, RunDirectory, report, sync_directory, write_atomically
 
 KEEP = 2
-CHECKPOINT_SCHEMA = 1  # raise it when what a checkpoint holds begins to mean something else
+CHECKPOINT_SCHEMA = 2  # raise it when what a checkpoint holds begins to mean something else
 SAVE_TIMEOUT = timedelta(minutes=30)
 LAST_MOMENT_S = 20.0  # for the outstanding checkpoint of a run that ends with an error
 
@@ -51,8 +53,15 @@ LAST_MOMENT_S = 20.0  # for the outstanding checkpoint of a run that ends with a
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
+T = TypeVar("T")
+
+
 class CheckpointError(RuntimeError):
     """A run cannot be saved or resumed. One line, which says how to go on."""
+
+
+class _Damaged(Exception):
+    """A file is not what was written. Says which and how."""
 
 
 @dataclass
@@ -105,10 +114,12 @@ class Checkpointer:
         optimizer: torch.optim.Optimizer,
         captured: Mapping[str, torch.Tensor],
         record: MetricsWriter | None,
+        settings: Mapping[str, Any],
     ) -> None:
         self._run, self._ranks, self._model, self._optimizer = run, ranks, model, optimizer
         self._captured = captured  # what the gradient statistics remember, by parameter name
         self._record = record  # rank 0's
+        self._settings = dict(settings)  # by dotted name: what must be the same when the run goes on
         # A group of its own: the thread that writes must not meet the collectives of the training.
         self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT) if ranks.world_size > 1 else None
         self._outstanding: _Outstanding | None = None
@@ -119,9 +130,12 @@ class Checkpointer:
         """Copies what is to be saved to memory and writes it while training goes on, or, with `wait`, now.
 
         Only one checkpoint is written at a time. One that cannot be written is a warning, or, with `wait`,
-        a CheckpointError on all ranks; the older ones stay in any case.
+        a CheckpointError on all ranks; the older ones stay in any case. A step that is saved already is not
+        saved again.
         """
         self.settle()
+        if self._ranks.from_main(self._ranks.is_main and self._place(progress).exists()):
+            return
         partial = self._run.checkpoints / f"partial-{progress.step:08d}"
         tensors = self._tensors()
         copier = DefaultStager(StagingOptions(False, False, False, False))  # it has copied when it returns
@@ -190,14 +204,20 @@ class Checkpointer:
     def _publish(self, done: _Outstanding) -> None:
         if self._record:
             # A checkpoint must not overtake the record: no later attempt would do those rows again.
-            self._record.flush()
+            self._record.sync()
         progress = {
             "schema": CHECKPOINT_SCHEMA,
+            "torch": str(torch.__version__),
             "metadata_crc32": zlib.crc32((done.partial / ".metadata").read_bytes()),
+            "settings": self._settings,
             **dataclasses.asdict(done.progress),
         }
+        progress["crc32"] = _crc32(progress)
         write_atomically(done.partial / "progress.json", json.dumps(progress, indent=1))
-        done.partial.rename(self._run.checkpoints / f"step-{done.progress.step:08d}")
+        done.partial.rename(self._place(done.progress))
+        sync_directory(self._run.checkpoints)
+        for torn in self._run.checkpoints.glob("torn-*"):
+            shutil.rmtree(torn, ignore_errors=True)
         for old in complete(self._run)[:-KEEP]:
             shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
 
@@ -205,6 +225,9 @@ class Checkpointer:
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
         tensors = {"model": model_state, "optimizer": optimizer_state}
         return tensors | ({"captured": dict(self._captured)} if self._captured else {})
+
+    def _place(self, progress: Progress) -> Path:
+        return self._run.checkpoints / f"step-{progress.step:08d}"
 
     def _newest(self) -> int | None:
         paths = complete(self._run)
@@ -215,20 +238,21 @@ class Checkpointer:
     def restore(self) -> Progress | None:
         """Loads the newest whole checkpoint into model and optimizer; None when there is no checkpoint.
 
-        Raises ConfigError for one of another model or schema, CheckpointError when all are damaged.
+        Raises ConfigError for one of another model, schema or torch, CheckpointError when all are damaged or
+        one cannot be read.
         """
         if self._ranks.is_main:
             for left in self._run.checkpoints.glob("partial-*"):
                 shutil.rmtree(left, ignore_errors=True)
         torn: dict[Path, str] = {}
-        for path in reversed(self._ranks.from_main(complete(self._run))):
-            mine = damage(path, self._ranks.rank, self._ranks.world_size)
-            if found := self._first_found(mine) or self._first_found(self._load(path)):
+        for path in reversed(self._together(lambda _: complete(self._run), self._run.checkpoints)[0]):
+            if found := self._first_found(self._look, path) or self._first_found(self._load, path):
                 torn[path] = found
                 continue
+            progress = Progress.from_tree(self._together(_read_progress, path)[0])
             if self._ranks.is_main:
                 _set_aside(torn)
-            return Progress.from_tree(_read_progress(path))
+            return progress
         if torn:
             reasons = "; ".join(f"step {_step(path)}: {found}" for path, found in torn.items())
             raise CheckpointError(
@@ -237,13 +261,22 @@ class Checkpointer:
             )
         return None
 
+    def _look(self, path: Path) -> str | None:
+        """The damage in this rank's share of a checkpoint. Raises ConfigError for another model's."""
+        found = damage(path, self._ranks.rank, self._ranks.world_size)
+        if found is None:
+            _check_same_settings(path, self._settings)
+        return found
+
     def _load(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint that cannot be loaded. Raises ConfigError for another model's."""
+        """What is wrong with a checkpoint that cannot be loaded."""
         tensors = self._tensors()
-        _check_same_model(path, {name: tensor.size() for name, tensor in tensors["model"].items()})
         try:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group)
         except dcp.CheckpointException as error:
+            for rank, (cause, _) in error.failures.items():
+                if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                    raise CheckpointError(_unreadable(path, cause, rank)) from None
             return _in_one_line(error)
         model_state, optimizer_state = tensors["model"], tensors["optimizer"]
         set_state_dict(
@@ -251,32 +284,50 @@ class Checkpointer:
         )
         return None
 
-    def _first_found(self, mine: str | None) -> str | None:
+    def _first_found(self, look: Callable[[Path], str | None], path: Path) -> str | None:
         """On all ranks: what the first rank with something to say found."""
-        if self._group is None:
-            return mine
-        found: list[str | None] = [None] * self._ranks.world_size
-        dist.all_gather_object(found, mine, group=self._group)
-        return next(filter(None, found), None)
+        return next(filter(None, self._together(look, path)), None)
+
+    def _together(self, look: Callable[[Path], T], path: Path) -> list[T]:
+        """On all ranks: what each saw at `path`, by rank. An error on one is raised on all, lest they wait
+        for each other."""
+        mine: T | ConfigError | CheckpointError
+        try:
+            mine = look(path)
+        except OSError as error:
+            mine = CheckpointError(_unreadable(path, error, self._ranks.rank))
+        except (ConfigError, CheckpointError) as error:
+            mine = error
+        seen: list[Any] = [mine]
+        if self._group is not None:
+            seen = [None] * self._ranks.world_size
+            dist.all_gather_object(seen, mine, group=self._group)
+        for error in seen:
+            if isinstance(error, Exception):
+                raise error
+        return seen
 
 
 def complete(run: RunDirectory) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first."""
-    return sorted(run.checkpoints.glob("step-*"))
+    try:
+        return sorted(path for path in run.checkpoints.iterdir() if path.name.startswith("step-"))
+    except FileNotFoundError:
+        return []
 
 
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """What has become of a checkpoint since it was complete; None: it is whole.
 
-    The checksums compared are those of every `shares`-th tensor. Raises ConfigError for another schema.
+    The checksums compared are those of every `shares`-th tensor. Raises ConfigError for another schema or a
+    torch that cannot read it, OSError when a file is there but cannot be read.
     """
     try:
-        tree = _read_progress(path)
-        Progress.from_tree(tree)
+        progress = _read_progress(path)
         data = (path / ".metadata").read_bytes()
-        if zlib.crc32(data) != tree["metadata_crc32"]:
+        if zlib.crc32(data) != progress["metadata_crc32"]:
             return ".metadata is not what was written"
-        entries = pickle.loads(data).storage_data
+        entries = _entries(path, data, progress["torch"])
         ends: dict[str, int] = {}
         for entry in entries.values():
             ends[entry.relative_path] = max(ends.get(entry.relative_path, 0), entry.offset + entry.length)
@@ -286,23 +337,22 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
         for index, entry in list(entries.items())[share::shares]:
             if _is_corrupt(path / entry.relative_path, entry.offset, entry.length):
                 return f"{index.fqn} in {entry.relative_path} is not what was written"
-    except ConfigError:
-        raise
+    except _Damaged as error:
+        return str(error)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return f"{Path(error.filename or path).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"progress.json is unreadable ({_in_one_line(error)})"
     return None
 
 
 def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     """The newest whole checkpoint's parameters by name, without a model or other ranks."""
     for path in reversed(complete(run)):
-        if found := damage(path):
-            report(f"checkpoint at step {_step(path)} is damaged: {found}; an older one is read")
-            continue
+        try:
+            if found := damage(path):
+                report(f"checkpoint at step {_step(path)} is damaged: {found}; an older one is read")
+                continue
+        except OSError as error:
+            raise ConfigError(_unreadable(path, error)) from error
         weights = {
             name: torch.empty(size, dtype=dtype) for name, (size, dtype) in _saved_parameters(path).items()
         }
@@ -312,13 +362,38 @@ def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
 
 
 def _read_progress(path: Path) -> dict[str, Any]:
-    tree = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    if (schema := tree.get("schema", 0)) != CHECKPOINT_SCHEMA:
+    """Raises _Damaged, and ConfigError for another schema."""
+    try:
+        tree = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        written = tree.pop("crc32", None)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _Damaged(f"progress.json is unreadable ({_in_one_line(error)})") from error
+    whole = written == _crc32(tree)
+    schema = tree.get("schema", 0)
+    if schema != CHECKPOINT_SCHEMA and (whole or written is None):  # the first schema had no checksum
         raise ConfigError(
             f"{path}: its schema is {schema}, this version reads {CHECKPOINT_SCHEMA}. Go on with the version "
             f"that wrote it, or delete {path.parent} to start from the beginning"
         )
+    if not whole:
+        raise _Damaged("progress.json is not what was written")
     return tree
+
+
+def _crc32(tree: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _entries(path: Path, metadata: bytes, version: str) -> dict[Any, Any]:
+    """Where each tensor lies. `metadata` is what torch, of that version, wrote."""
+    try:
+        return pickle.loads(metadata).storage_data
+    except Exception as error:  # its checksum was right: the bytes are not to blame, whatever this raises
+        raise ConfigError(
+            f"{path}: torch {torch.__version__} cannot read what torch {version} wrote "
+            f"({_in_one_line(error)}). Go on with that version, or delete {path.parent} to start from the "
+            f"beginning"
+        ) from error
 
 
 def _is_corrupt(path: Path, offset: int, length: int) -> bool:
@@ -341,23 +416,18 @@ def _saved_parameters(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def _check_same_model(path: Path, here: dict[str, torch.Size]) -> None:
-    there = {name: size for name, (size, _) in _saved_parameters(path).items()}
+def _check_same_settings(path: Path, here: dict[str, Any]) -> None:
+    there = _read_progress(path)["settings"]
     differences = [
-        f"{name} is {_shape(there.get(name))} there and {_shape(here.get(name))} here"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
+        f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
+        for key in sorted(here.keys() | there.keys())
+        if (key in here, here.get(key)) != (key in there, there.get(key))
     ]
     if differences:
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         raise ConfigError(
-            f"{path}: is of another model: {', '.join(differences[:3])}{more}. Go on with the model it was "
-            f"saved from, or delete {path.parent} to start from the beginning"
+            f"{path}: is of another model: {', '.join(differences)}. Go on with the model it was saved from, "
+            f"or delete {path.parent} to start from the beginning"
         )
-
-
-def _shape(size: torch.Size | None) -> str:
-    return "absent" if size is None else str(list(size))
 
 
 def _set_aside(torn: dict[Path, str]) -> None:
@@ -367,6 +437,14 @@ def _set_aside(torn: dict[Path, str]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
         report(f"checkpoint at step {_step(path)} is damaged: {found}; passed over, now {aside.name}")
+
+
+def _unreadable(path: Path, error: OSError, rank: int | None = None) -> str:
+    by = "" if rank is None else f" by rank {rank}"
+    return (
+        f"{error.filename or path}: cannot be read{by} ({_in_one_line(error)}): "
+        f"nothing was changed; mend that, then run it again"
+    )
 
 
 def _step(path: Path) -> int:

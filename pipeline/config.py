@@ -339,6 +339,7 @@ def _value(hint: Any, value: Any) -> Any:
             raise ValueError("a finite number is needed")
         return value
     given = next((one for kind, (one, _) in _NAMES.items() if type(value) is kind), "a group or list")
+    given = "nothing" if value is None else given
     raise ValueError(f"{_NAMES[hint][0]} is needed, not {given}")
 
 
@@ -354,12 +355,21 @@ _NAMES = {
 MESH_AXES = ("replicate", "shard", "tensor")
 
 
+def _unused_axes(parallel: ParallelConfig) -> list[str]:
+    if parallel.strategy not in strategies.names():
+        return []
+    used = strategies.strategy_class(parallel.strategy).axes
+    return [axis for axis in MESH_AXES if axis not in used]
+
+
 def _whole_mesh(parallel: ParallelConfig, launch: LaunchConfig) -> ParallelConfig:
     """With the axis that is -1 filled in from the launch's ranks, so that the run's id names the mesh."""
     open_axes = [axis for axis in MESH_AXES if getattr(parallel, axis) == -1]
     if not open_axes:
         return parallel
     axis, key = open_axes[0], f"parallel.{open_axes[0]}=-1"
+    if axis in _unused_axes(parallel):
+        raise ConfigError(f"{key}: parallel={parallel.strategy} does not use this axis; it must be 1")
     if len(open_axes) > 1:
         raise ConfigError(f"{key} and parallel.{open_axes[1]}=-1: only one axis can be the rest of the ranks")
     if launch.gpus_per_node is None:
@@ -402,14 +412,21 @@ def _show(value: object) -> str:
 def check(config: Config) -> None:
     """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
     problems = [
-        *_check_model(config.model, config.parallel, config.data),
-        *_check_parallel(config.parallel, config.launch),
+        *check_mesh(config),
         *_check_data(config),
         *_check_batch(config),
         *_check_optimisation(config),
     ]
     if problems:
         raise ConfigError(*problems)
+
+
+def check_mesh(config: Config) -> list[str]:
+    """Problems of the model on the mesh, and of the mesh on the machine."""
+    return [
+        *_check_model(config.model, config.parallel, config.data),
+        *_check_parallel(config.parallel, config.launch),
+    ]
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -434,10 +451,17 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig)
         *_divides("model.kv_heads", model.kv_heads, "model.heads", model.heads),
     ]
     if parallel.tensor > 1:
-        for key in ("heads", "kv_heads", "ffn", "vocab"):
-            value = getattr(model, key)
-            problems += _divides("parallel.tensor", parallel.tensor, f"model.{key}", value)
-        problems += _divides("parallel.tensor", parallel.tensor, "data.sequence_length", data.sequence_length)
+        divided = {f"model.{key}": getattr(model, key) for key in ("heads", "kv_heads", "ffn", "vocab")}
+        divided["data.sequence_length"] = data.sequence_length
+        tensor = parallel.tensor
+        unfit = [p for key, n in divided.items() for p in _divides("parallel.tensor", tensor, key, n)]
+        if unfit:
+            common = math.gcd(*divided.values())
+            largest = max(n for n in range(1, tensor) if common % n == 0)
+            unfit.append(
+                f"parallel.tensor={tensor}: the nearest that divides all of {', '.join(divided)} is {largest}"
+            )
+        problems += unfit
     if data.tokenizer == "bytes" and model.vocab < BYTE_VOCABULARY:
         problems.append(
             f"model.vocab={model.vocab}: byte tokens need {BYTE_VOCABULARY} (256 bytes and the end of a "
@@ -460,8 +484,8 @@ def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]
     problems = [
         f"parallel.{axis}={getattr(parallel, axis)}: parallel={parallel.strategy} does not use this axis; "
         f"it must be 1"
-        for axis in MESH_AXES
-        if axis not in used and getattr(parallel, axis) != 1
+        for axis in _unused_axes(parallel)
+        if getattr(parallel, axis) != 1
     ]
     if parallel.compile and "tensor" in used:
         problems.append(

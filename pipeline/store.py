@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -66,6 +67,19 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """The names in this directory as they are now survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def report(line: str) -> None:
@@ -271,6 +285,7 @@ class MetricsWriter:
         self._waiting = bytearray()  # whole lines, but for the first, whose beginning may be in the file
         self._warned = False
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        sync_directory(path.parent)
         data = path.read_bytes()
         if not data.endswith(b"\n"):  # a write torn by a full disk or a power cut
             os.ftruncate(self._fd, data.rfind(b"\n") + 1)
@@ -293,6 +308,11 @@ class MetricsWriter:
             rows = self._waiting.count(b"\n")
             message = f"{self._path.name}: {rows} rows could not be written ({error.strerror})"
             raise OSError(error.errno, message) from error
+
+    def sync(self) -> None:
+        """Like `flush`; what was written survives a power cut, too."""
+        self.flush()
+        os.fsync(self._fd)
 
     def close(self) -> None:
         """Raises OSError when rows are left that cannot be written."""

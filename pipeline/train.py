@@ -15,7 +15,7 @@ from torch import nn
 from pipeline.batch import schedule_class
 from pipeline.batch._interface import Decision, StepDone
 from pipeline.checkpoint import Checkpointer, Progress
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, to_tree
 from pipeline.data import Prefetcher, Stream, prepare
 from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.dtensor import local, shards
@@ -80,7 +80,7 @@ class Trainer:
             model = Llama(config.model)
         self.model: nn.Module = self.strategy.apply(model)
         self.optimizer = adamw.build(self.model, config.optim)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.parameters = list(self.model.parameters())
         self.squared_norm = SquaredNorm(
             [local(p).shape for p in self.parameters],
             self.device,
@@ -99,7 +99,10 @@ class Trainer:
         self.tracker = Tracker(config, run, attempt) if ranks.is_main else None
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if self._on_gpu else None
         captured = self.capture.saved if self.capture else {}
-        self.checkpoints = Checkpointer(run, ranks, self.model, self.optimizer, captured, self.metrics)
+        model_settings = {f"model.{k}": v for k, v in to_tree(config.model).items() if k != "name"}
+        self.checkpoints = Checkpointer(
+            run, ranks, self.model, self.optimizer, captured, self.metrics, model_settings
+        )
         self.stop_agreed = self.save_agreed = False  # by all ranks, in the step just done
         self.resumed_at = time.perf_counter()  # training time runs from here
         self.status_at = self.stop_looked_at = 0.0
@@ -206,8 +209,10 @@ class Trainer:
 
     def _requests(self) -> torch.Tensor:
         """What the main rank asks of all, [stop, save], so that they agree on it in the sum of the step."""
-        wanted = [float(self._stop_requested()), float(self._save_due())]
-        return torch.tensor(wanted, dtype=torch.float64, device=self.device)
+        wanted = torch.zeros(2, dtype=torch.float64, device=self.device)
+        wanted[0].fill_(self._stop_requested())
+        wanted[1].fill_(self._save_due())
+        return wanted
 
     def _stop_requested(self) -> bool:
         """Whether somebody asked for a stop, for rank 0 to tell the others; it looks now and then."""

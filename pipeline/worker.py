@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -111,7 +112,8 @@ def supervise(config: Config, run: RunDirectory, changes: Sequence[str]) -> int:
         except OSError as full:
             report(f"status.json could not be written: {full.strerror}")
         report(f"run {run.id}: {state}" + (f": {error}" if error else ""))
-        report(_conclusion(run) if state == "DONE" else f"again, from the newest checkpoint: {_again(run)}")
+        again = f"again, from the newest checkpoint: {_again(run, changes)}"
+        report(_conclusion(run) if state == "DONE" else again)
         return exit_code
 
 
@@ -185,8 +187,8 @@ def _conclusion(run: RunDirectory) -> str:
     )
 
 
-def _again(run: RunDirectory) -> str:
-    return f"{python()} -m pipeline.worker {os.path.relpath(run.path)}"
+def _again(run: RunDirectory, changes: Sequence[str]) -> str:
+    return shlex.join([python(), "-m", "pipeline.worker", os.path.relpath(run.path), *changes])
 
 
 def _run_ranks(

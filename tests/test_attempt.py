@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.attempt import for_attempt, mesh_of
+from pipeline.batch import schedule_class
 from pipeline.config import ConfigError
 from tests.support import config
 
@@ -19,9 +20,36 @@ def test_the_mesh_changes_and_the_batches_do_not():
     assert (moved.batch.size, moved.seed, moved.data) == (frozen.batch.size, frozen.seed, frozen.data)
 
 
-def test_batches_stay_multiples_of_what_they_were_when_ranks_cannot_share_them_evenly():
-    frozen = config("data.micro_batch=2", "batch.size=12", "batch.round_to=4")
-    assert for_attempt(frozen, ["parallel=ddp", "parallel.replicate=3"]).batch_multiple == 12
+def test_batches_stay_what_they_were_when_ranks_cannot_share_them_evenly():
+    """Not even when the first batch is less than a micro-batch for every rank: the run may have grown since."""
+    frozen = config("data.micro_batch=2", "batch=norm_test", "batch.size=8", "batch.max_size=512")
+    moved = for_attempt(frozen, ["parallel=fsdp", "parallel.shard=6"])
+    assert moved.batch_multiple == frozen.batch_multiple == 2
+    for composed in (frozen, moved):
+        schedule = schedule_class("norm_test")(composed)
+        assert (schedule.start()[1].size, schedule.largest) == (8, 512)
+
+
+def test_options_come_before_settings_in_whatever_order():
+    orders = [["parallel=fsdp", "parallel.shard=4"], ["parallel.shard=4", "parallel=fsdp"]]
+    assert [for_attempt(config(), order).parallel.shard for order in orders] == [4, 4]
+
+
+WORKER = [
+    "parallel=ddp",
+    "parallel.replicate=4",
+    "batch=norm_test",
+    "batch.size=16",
+    "batch.estimator=worker",
+]
+
+
+def test_ranks_that_are_compared_stay_as_many():
+    frozen = config(*WORKER)
+    assert for_attempt(frozen, ["parallel=hsdp"]).parallel.data_ranks == 4
+    for changes in (["parallel=fsdp"], ["parallel=fsdp_tp", "parallel.replicate=4", "parallel.shard=1"]):
+        with pytest.raises(ConfigError, match="compares the 4 data-parallel ranks of this run"):
+            for_attempt(frozen, changes)
 
 
 def test_the_rest_of_the_ranks():
@@ -38,6 +66,9 @@ def test_the_rest_of_the_ranks():
         ("parallel.shart=2", "parallel.shart: no such setting. Did you mean parallel.shard?"),
         ("parallel.shard=2", "parallel=single does not use this axis"),
         ("parallel.shard=two", "parallel.shard=two: a whole number is needed"),
+        ("parallel.shard=[1", "parallel.shard=[1: the value cannot be read"),
+        ("parallel.shard=", "parallel.shard=null: a whole number is needed, not nothing"),
+        ("parallel.precision=bfloat16", "the run computes in float32; in another precision"),
     ],
 )
 def test_refused(change: str, message: str):

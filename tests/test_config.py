@@ -88,6 +88,11 @@ def test_every_setting_has_its_default_in_the_composed_tree():
         (["parallel=fsdp", "parallel.replicate=2"], "parallel.replicate=2: parallel=fsdp does not use this"),
         (["parallel=hsdp", "parallel.tensor=2"], "parallel.tensor=2: parallel=hsdp does not use this axis"),
         (["parallel=tp", "parallel.shard=0"], "parallel.shard=0: must be above 0, or -1 for the rest"),
+        (
+            ["parallel=ddp", "parallel.shard=-1", "launch.gpus_per_node=4"],
+            "parallel.shard=-1: parallel=ddp does not use",
+        ),
+        (["parallel=tp", "parallel.tensor=8"], "parallel.tensor=8: the nearest that divides all of .* is 2"),
         (["parallel=fsdp", "parallel.shard=-1"], "the rest of how many ranks.* Set launch.gpus_per_node"),
         (
             ["parallel=fsdp_tp", "parallel.shard=-1", "parallel.tensor=-1", "launch.gpus_per_node=8"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -23,6 +24,7 @@ from pipeline.store import (
     read_rows,
     report,
     supersede,
+    sync_directory,
     write_atomically,
 )
 from tests.disk import fill
@@ -203,6 +205,37 @@ def test_a_reader_sees_the_old_file_or_the_new_one_whole(tmp_path: Path):
         assert reader.read() == "old text"
     assert path.read_text() == "another, longer text"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_replaced_file_and_a_new_record_survive_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their names, too: the directory is on the disk when they are in it."""
+    synced: list[tuple[int, list[str]]] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda file: synced.append((os.fstat(file).st_ino, sorted(os.listdir(tmp_path))))
+    )
+    write_atomically(tmp_path / "a", "text")
+    assert synced[-1] == (tmp_path.stat().st_ino, ["a"])
+    writer = MetricsWriter(tmp_path / "b")
+    assert synced[-1] == (tmp_path.stat().st_ino, ["a", "b"])
+    writer.write(row(1))
+    assert len(synced) == 3  # a row alone does not wait for the disk
+    writer.sync()
+    assert synced[-1] == ((tmp_path / "b").stat().st_ino, ["a", "b"])
+    writer.close()
+
+
+@pytest.mark.parametrize(("number", "raised"), [(22, False), (5, True)])
+def test_a_file_system_that_cannot_sync_directories_is_no_error(
+    number: int, raised: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fsync(_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError) if raised else contextlib.nullcontext():
+        sync_directory(tmp_path)
 
 
 HOLDER = """

@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.gradients.dtensor import local
 
 # torch 2.13 renamed both and warns of the old names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def exchange(flat: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -63,7 +63,7 @@ class BucketExchange:
         rows = exchange(padded(flat, group.size()), group)
         self._see(rows)
         mean = torch.empty(rows.numel(), dtype=flat.dtype, device=flat.device)
-        _all_gather(mean, rows.mean(0), group)
+        all_gather(mean, rows.mean(0), group)
         flat.copy_(mean[: flat.numel()])
         devices = [flat.device] if flat.is_cuda else None
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
@@ -127,7 +127,7 @@ class _LayerExchange:
         async_op: bool = False,
     ) -> dist.Work | None:
         if not self._owner.active:
-            work: dist.Work | None = _reduce_scatter(output_tensor, input_tensor, op, group, async_op)
+            work: dist.Work | None = reduce_scatter(output_tensor, input_tensor, op, group, async_op)
             return work
         assert op == dist.ReduceOp.AVG, f"FSDP2 reduces with {op}, not by averaging"
         rows = exchange(input_tensor, group)

@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 
 def leaves(model: nn.Module) -> dict[str, torch.Tensor]:
     """By parameter name. To be called by all ranks, after the model is distributed and has its weights."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     sharded = {id(parameter) for parameter in parameters.values()}
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if not layers:
-        return dict(parameters)
+        return parameters
     found: dict[str, torch.Tensor] = {}
     for layer in layers:
         layer.unshard()

@@ -43,6 +43,8 @@ class MicrobatchCapture:
         self._seen = [False] * len(self._leaves)
         self._partial: list[tuple[int, torch.Tensor]] = []
         self._active = False
+        self._counts: Sequence[int] = []
+        self._projecting: LeafProjections | ShardProjections | None = None  # in this step
         self._sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
 
         fully_sharded = any(isinstance(module, FSDPModule) for module in model.modules())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 FLAT_ROW = 4096  # a vector longer than this is cut into rows
-PRODUCT_ROW = 2**20  # elements of one inner product in float32
+PRODUCT_ROW = 2**18  # elements of one inner product in float32
 
 
 def row_count(shape: Sequence[int]) -> int:
@@ -68,9 +68,10 @@ class SquaredNorm:
         return squares.sum() if self._shares is None else squares @ self._shares
 
 
-def inner_product(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """⟨one, other⟩ of tensors with as many elements: float32 products of parts, summed in float64."""
-    parts = zip(
-        one.reshape(-1).float().split(PRODUCT_ROW), other.reshape(-1).float().split(PRODUCT_ROW), strict=True
-    )
-    return torch.stack([torch.dot(a, b) for a, b in parts]).sum(dtype=torch.float64)
+def inner_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """⟨row, vector⟩ of rows [J, n], float64 [J]: float32 products of parts, summed in float64."""
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for start in range(0, rows.shape[1], PRODUCT_ROW):
+        part = slice(start, start + PRODUCT_ROW)
+        total += rows[:, part].float() @ vector[part].float()
+    return total

@@ -13,8 +13,8 @@ from torch import nn
 
 from pipeline.gradients.direction import Direction
 from pipeline.gradients.dtensor import mesh_axis
-from pipeline.gradients.exchange import Layer, ShardExchange, layers_of
-from pipeline.gradients.norms import inner_product
+from pipeline.gradients.exchange import ShardExchange, layers_of
+from pipeline.gradients.norms import inner_products
 from pipeline.parallel._ranks import Ranks
 
 
@@ -40,12 +40,13 @@ class LeafProjections:
 
     def see(self, index: int, gradient: torch.Tensor) -> None:
         """This rank's gradient of the parameter `index`, of the unit that has started."""
-        self.products[self._unit] += inner_product(gradient, self._parts[index]) * self._shares[index]
+        product = inner_products(gradient.reshape(1, -1), self._parts[index].reshape(-1))
+        self.products[self._unit] += product[0] * self._shares[index]
 
 
 class ShardProjections:
     """Each rank has a shard of the direction (FSDP2, HSDP, with tensor parallel too): the exchange shows it
-    that shard of every gradient. Cost: one product of the rows with d, and a flat copy of d's shard."""
+    that shard of every gradient. Cost: one product of each layer's rows with d; nothing is copied."""
 
     whole = False  # gradients must be exchanged at every micro-batch
 
@@ -59,25 +60,16 @@ class ShardProjections:
     ) -> None:
         axis = mesh_axis(next(model.parameters()), "shard")
         assert axis is not None
-        shards = axis.size()
         self._direction, self._shares = direction, shares
-        self._layers = layers_of(model, leaves, shards)
+        self._layers = layers_of(model, leaves, axis.size())
         self._exchange = ShardExchange(self._layers, self._see_rows)
-        self._position = ranks.data_rank % shards  # of this rank in its exchange
+        self._position = ranks.data_rank % axis.size()  # of this rank in its exchange
         self._device = ranks.device
         self.products = torch.zeros(0, dtype=torch.float64, device=ranks.device)
 
     def start_step(self, units: int) -> None:
         self.products = torch.zeros(units, dtype=torch.float64, device=self._device)
-        parts = self._direction.parts()
-        self._flat = [self._flat_shard(layer, parts) for layer in self._layers]
-
-    def _flat_shard(self, layer: Layer, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """d in the layout of one rank's slice, with the shares that copies on other ranks leave."""
-        flat = torch.zeros(sum(layer.columns), device=self._device)
-        for index, columns in zip(layer.parameters, flat.split(layer.columns), strict=True):
-            columns[: parts[index].numel()] = parts[index].reshape(-1) * self._shares[index]
-        return flat
+        self._parts = self._direction.parts()
 
     def start_unit(self, unit: int) -> None:
         self._first_unit = unit - self._position  # of the ranks that exchange with this one
@@ -89,6 +81,9 @@ class ShardProjections:
     def see(self, index: int, gradient: torch.Tensor) -> None:
         pass
 
-    def _see_rows(self, layer: int, rows: torch.Tensor) -> None:
+    def _see_rows(self, number: int, rows: torch.Tensor) -> None:
         units = slice(self._first_unit, self._first_unit + len(rows))
-        self.products[units] += torch.stack([inner_product(row, self._flat[layer]) for row in rows])
+        layer = self._layers[number]
+        for index, columns in zip(layer.parameters, rows.split(layer.columns, dim=1), strict=True):
+            part = self._parts[index].reshape(-1)  # without the padding, which is at the end of the columns
+            self.products[units] += inner_products(columns[:, : len(part)], part) * self._shares[index]

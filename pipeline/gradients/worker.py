@@ -29,7 +29,8 @@ from pipeline.gradients.statistics import (
 )
 from pipeline.parallel._ranks import Ranks
 
-COLUMNS = 2**18  # columns of the rows that are worked on at a time
+COLUMNS = 2**18  # of the rows that are worked on at a time
+PRODUCT_COLUMNS = 2**12  # of one inner product in float32: the variance is a difference of such sums
 
 
 class WorkerCapture:
@@ -91,8 +92,7 @@ class WorkerCapture:
         for start in range(0, rows.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
             gradients = rows[:, part] / self._scales
-            weighted = gradients if shares is None else gradients * shares[part]
-            self._gram += weighted @ gradients.T
+            self._gram += gram_matrix(gradients, None if shares is None else shares[part])
             if self._coordinates is not None:
                 self._add_coordinates(gradients, None if shares is None else shares[part])
 
@@ -104,9 +104,11 @@ class WorkerCapture:
         self._coordinates[0] += (variance.sqrt() * count).sum(dtype=torch.float64)
         self._coordinates[1] += (mean.abs() * count).sum(dtype=torch.float64)
         octaves = variance.log2() - 2 * mean.abs().log2()  # of the ratio itself, its square could underflow
-        known = ~octaves.isnan()  # 0/0: no worker has a gradient there, nor anywhere in the padding
-        bins = ((octaves[known] - LOWEST_OCTAVE) * BINS_PER_OCTAVE).clamp(0, RATIO_BINS - 1).long()
-        self._coordinates[2:] += torch.bincount(bins, count[known].double(), RATIO_BINS)
+        # 0/0: no worker has a gradient there, nor anywhere in the padding. (Left out by a count of 0: to
+        # select the others would wait for the device.)
+        count = count.masked_fill(octaves.isnan(), 0)
+        bins = ((octaves.nan_to_num(0) - LOWEST_OCTAVE) * BINS_PER_OCTAVE).clamp(0, RATIO_BINS - 1).long()
+        self._coordinates[2:].index_add_(0, bins, count.double())
 
     # --- one step
 
@@ -152,3 +154,12 @@ class WorkerCapture:
             workers=WorkerProducts(self._sequences, gram),
             coordinates=coordinates,
         )
+
+
+def gram_matrix(rows: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
+    """The Gram matrix of rows [J, columns], each column counted by its share: float64 [J, J]."""
+    parts = padded(rows, PRODUCT_COLUMNS).view(len(rows), -1, PRODUCT_COLUMNS).transpose(0, 1)
+    weighted = parts
+    if shares is not None:
+        weighted = parts * padded(shares, PRODUCT_COLUMNS).view(-1, 1, PRODUCT_COLUMNS)
+    return torch.bmm(weighted, parts.mT).sum(0, dtype=torch.float64)

@@ -39,7 +39,7 @@ class Ranks:
         return self.world_size // self.data_ranks
 
     def sum(self, vector: torch.Tensor) -> list[float]:
-        """The float64 vector summed over all ranks, as numbers; the only wait for the device in a step."""
+        """The float64 vector summed over all ranks, as numbers: a step's wait for the device."""
         if self.world_size > 1:
             dist.all_reduce(vector)
         return vector.tolist()

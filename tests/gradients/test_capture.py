@@ -13,6 +13,8 @@ from torch import Tensor
 from pipeline.batch._interface import Needs
 from pipeline.config import Config
 from pipeline.gradients.capture import capture_for
+from pipeline.gradients.exchange import ShardExchange, layers_of
+from pipeline.gradients.leaves import leaves
 from pipeline.gradients.microbatch import MicrobatchCapture
 from pipeline.gradients.statistics import BINS_PER_OCTAVE, LOWEST_OCTAVE, GradientStatistics
 from pipeline.gradients.worker import WorkerCapture
@@ -147,6 +149,20 @@ def test_workers(mesh: str, seen_workers: dict[str, list[Seen]]):
         np.floor((octaves.max() - LOWEST_OCTAVE) * BINS_PER_OCTAVE)
         == np.nonzero(coordinates.ratio_counts)[0][-1]
     )
+
+
+def exchanged_dtypes(rank: int, mesh: str) -> set[torch.dtype]:
+    strategy, model = distributed(rank, config(*MESHES[mesh], *SMALL, "parallel.precision=bfloat16"))
+    seen = set()
+    exchange = ShardExchange(layers_of(model, leaves(model), 2), lambda layer, rows: seen.add(rows.dtype))
+    exchange.active = True
+    with strategy.micro_batch(model, last=True, whole=True):
+        mean_loss(model, tokens().to(strategy.ranks.device)).backward()
+    return seen
+
+
+def test_gradients_are_summed_over_ranks_in_float32_when_computed_in_bfloat16():
+    assert of_all_meshes(["fsdp2"], exchanged_dtypes) == {"fsdp2": [{torch.float32}] * 2}
 
 
 @pytest.mark.parametrize("limit", [None, 3])

@@ -25,9 +25,8 @@ def done_run(configuration: Config, model: Llama) -> RunDirectory:
     state, first = schedule_class(configuration.batch.schedule)(configuration).start()
     progress = checkpoint.Progress(state, first, first.size)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.Checkpointer(run, ranks_of(configuration), model, optimizer, {}, None).save(
-        progress, wait=True
-    )
+    checkpoints = checkpoint.Checkpointer(run, ranks_of(configuration), model, optimizer, {}, None, {})
+    checkpoints.save(progress, wait=True)
     run.update_status(state="DONE")
     return run
 

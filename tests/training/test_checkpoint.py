@@ -7,13 +7,17 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import pickle
 import random
 import re
 import shutil
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +25,7 @@ import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 import pipeline.train
 from pipeline import checkpoint
@@ -29,7 +33,8 @@ from pipeline.batch._interface import Decision, State
 from pipeline.checkpoint import Checkpointer, CheckpointError, Progress
 from pipeline.config import Config, ConfigError
 from pipeline.data import prepare
-from pipeline.store import RunDirectory, Status
+from pipeline.parallel._ranks import Ranks
+from pipeline.store import MetricsWriter, RunDirectory, Status
 from pipeline.train import train
 from tests.disk import fill
 from tests.distributed import column, gloo_ranks, ranks_of, train_here
@@ -248,15 +253,19 @@ def test_checkpoints_by_time(home: Path, small_corpus: list[str], monkeypatch: p
 class Small:
     """A model and its optimizer, after some steps, with checkpoints of their own."""
 
-    def __init__(self, home: Path, seed: int = 0, width: int = 8) -> None:
+    def __init__(
+        self, home: Path, seed: int = 0, ranks: Ranks | None = None, record: MetricsWriter | None = None
+    ) -> None:
         torch.manual_seed(seed)
-        self.model: nn.Module = nn.Sequential(nn.Linear(width, width), nn.Linear(width, 3))
+        self.model: nn.Module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         for _ in range(3):
-            self.model(torch.randn(4, width)).square().sum().backward()
+            self.model(torch.randn(4, 8)).square().sum().backward()
             self.optimizer.step()
         self.run = RunDirectory(home / "small")
-        self.checkpoints = Checkpointer(self.run, ranks_of(config()), self.model, self.optimizer, {}, None)
+        self.checkpoints = Checkpointer(
+            self.run, ranks or ranks_of(config()), self.model, self.optimizer, {}, record, {"model.width": 8}
+        )
 
     def tensors(self) -> list[torch.Tensor]:
         state = self.optimizer.state.values()
@@ -328,12 +337,12 @@ def test_a_checkpoint_does_not_overtake_the_record(home: Path, capsys: pytest.Ca
     """Rows that are only in memory would be lost with the process, and no later attempt would do them."""
 
     class Stuck:
-        def flush(self) -> None:
+        def sync(self) -> None:
             raise OSError(28, "metrics.jsonl: 3 rows could not be written")
 
     small = Small(home)
     small.checkpoints.save(progress(1), wait=True)
-    full = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, {}, Stuck())
+    full = Small(home, record=Stuck()).checkpoints  # type: ignore[arg-type]
     full.save(progress(2), wait=False)
     full.settle()
     assert steps_saved(small.run) == [1] and len(list(small.run.checkpoints.iterdir())) == 1
@@ -342,15 +351,52 @@ def test_a_checkpoint_does_not_overtake_the_record(home: Path, capsys: pytest.Ca
         full.save(progress(3), wait=True)
 
 
+def test_a_power_cut_takes_the_record_only_with_the_checkpoint(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """On the disk before a checkpoint gets its name: its files, their names, the record. After it: the name."""
+    synced: list[tuple[int, list[int]]] = []
+    original = os.fsync
+
+    def fsync(file: int) -> None:
+        synced.append((os.fstat(file).st_ino, steps_saved(small.run)))
+        original(file)
+
+    record = MetricsWriter(home / "small" / "metrics.jsonl")
+    small = Small(home, record=record)
+    small.checkpoints.save(progress(1), wait=True)
+    record.write({"step": 2, "attempt": 1})
+    monkeypatch.setattr(os, "fsync", fsync)
+    small.checkpoints.save(progress(2), wait=True)
+    record.close()
+    path = checkpoint.complete(small.run)[-1]
+    for file in (*path.iterdir(), path, small.run.metrics_file):
+        assert (file.stat().st_ino, [1]) in synced, file.name
+    assert (small.run.checkpoints.stat().st_ino, [1, 2]) in synced
+
+
+@pytest.mark.parametrize("wait", [False, True])
+def test_a_step_is_saved_once(wait: bool, home: Path, capsys: pytest.CaptureFixture[str]):
+    """Not again by the same process, also while it is being written, nor by another that goes on there."""
+    small = Small(home)
+    small.checkpoints.save(progress(1), wait=wait)
+    small.checkpoints.save(progress(1), wait=wait)
+    small.checkpoints.settle()
+    again = Small(home)
+    assert again.checkpoints.restore() == progress(1)
+    again.checkpoints.save(progress(1), wait=wait)
+    again.checkpoints.settle()
+    assert [path.name for path in small.run.checkpoints.iterdir()] == ["step-00000001"]
+    assert "could not be written" not in capsys.readouterr().out
+
+
 @given(data=st.data())
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path, data: st.DataObject):
-    """In a shard or its index. torch itself compares no checksum when it reads."""
+    """In a shard, its index or progress.json. torch itself compares no checksum when it reads."""
     if not (tmp_path / "small").exists():
         Small(tmp_path).checkpoints.save(progress(1), wait=True)
     small = Small(tmp_path)
     (path,) = checkpoint.complete(small.run)
-    file = path / data.draw(st.sampled_from(["__0_0.distcp", ".metadata"]))
+    file = path / data.draw(st.sampled_from(["__0_0.distcp", ".metadata", "progress.json"]))
     content = file.read_bytes()
     at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
     file.write_bytes(content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :])
@@ -374,6 +420,14 @@ def edit_progress(path: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def write_progress(path: Path, **changes: object) -> None:
+    """With its checksum: as another version may have written it."""
+    tree = json.loads((path / "progress.json").read_text()) | changes
+    del tree["crc32"]
+    canonical = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    edit_progress(path, **changes, crc32=zlib.crc32(canonical.encode()))
+
+
 def flip(path: Path, at: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(at * len(content))] ^= 1
@@ -391,8 +445,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "index missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
     "index changed": (lambda path: flip(path / ".metadata", 0.5), ".metadata is not what was written"),
     "progress torn": (lambda path: truncate(path / "progress.json"), "progress.json is unreadable"),
-    "progress incomplete": (lambda path: edit_progress(path, schedule={}), "progress.json is unreadable"),
+    "progress changed": (lambda path: edit_progress(path, sequences=37), "progress.json is not what was wr"),
+    "progress of something else": (
+        lambda path: (path / "progress.json").write_text("[1]"),
+        "progress.json is",
+    ),
 }
+
+
+def entries_of(path: Path) -> list[Any]:
+    """Where in which file each tensor lies, in the order in which ranks share them out."""
+    return list(pickle.loads((path / ".metadata").read_bytes()).storage_data.values())
+
+
+def test_each_tensor_is_looked_at_by_one_rank(home: Path):
+    small = Small(home)
+    small.checkpoints.save(progress(1), wait=True)
+    (path,) = checkpoint.complete(small.run)
+    shard = path / "__0_0.distcp"
+    content = shard.read_bytes()
+    assert len(entries_of(path)) > 3
+    for entry in entries_of(path):
+        shard.write_bytes(content[: entry.offset] + b"?" + content[entry.offset + 1 :])
+        assert [checkpoint.damage(path, share, 3) for share in range(3)].count(None) == 2
+    shard.write_bytes(content)
+    assert [checkpoint.damage(path, share, 3) for share in range(3)].count(None) == 3
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -416,8 +493,126 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     )
     assert f"resumed at step {before}, " in out and newest == 35
     assert_same_record(run, whole)
-    assert (run.checkpoints / "torn-00000035").exists()
+    assert not list(run.checkpoints.glob("torn-*"))
     assert checkpoint.load_weights(run)
+
+
+def test_a_damaged_checkpoint_goes_when_the_next_is_saved(home: Path):
+    small = Small(home)
+    for step in (1, 2):
+        small.checkpoints.save(progress(step), wait=True)
+    truncate(checkpoint.complete(small.run)[-1] / "progress.json")
+    assert small.checkpoints.restore() == progress(1)
+    assert small.checkpoints.restore() == progress(1)
+    names = ["step-00000001", "torn-00000002"]
+    assert sorted(path.name for path in small.run.checkpoints.iterdir()) == names
+    small.checkpoints.save(progress(2), wait=True)
+    assert sorted(path.name for path in small.run.checkpoints.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def restoring_rank(rank: int, home: str, prepared: str) -> tuple[object, list[int]]:
+    """What a rank restores after two checkpoints, and the steps that are left. `prepared` names what happens
+    in between."""
+    ranks = ranks_of(config("parallel=ddp"), rank)
+    small = Small(Path(home), ranks=ranks)
+    for step in (1, 2):
+        small.checkpoints.save(progress(step), wait=True)
+        small.checkpoints.save(progress(step), wait=True)
+    dist.barrier()
+    globals()[prepared](rank, checkpoint.complete(small.run)[-1])
+    dist.barrier()
+    try:
+        restored: object = small.checkpoints.restore()
+    except (CheckpointError, ConfigError) as error:
+        restored = str(error)
+    dist.barrier()
+    return restored, steps_saved(small.run)
+
+
+def flip_in_the_share_of_rank_1(rank: int, path: Path) -> None:
+    if rank == 0:
+        entry = entries_of(path)[1]
+        shard = path / entry.relative_path
+        content = bytearray(shard.read_bytes())
+        content[entry.offset] ^= 1
+        shard.write_bytes(content)
+        assert checkpoint.damage(path, 0, 2) is None and checkpoint.damage(path, 1, 2)
+
+
+def stale_checksums_on_rank_1(rank: int, path: Path) -> None:
+    def stale(*_: object) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    if rank == 1:
+        checkpoint._is_corrupt = stale
+
+
+def stale_reader_on_rank_1(rank: int, path: Path) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    if rank == 1:
+        FileSystemReader.read_data = stale  # type: ignore[method-assign, assignment]
+
+
+def test_a_bit_that_one_of_two_ranks_finds_flipped_is_found_by_both(home: Path):
+    restored = gloo_ranks(2, restoring_rank, str(home), "flip_in_the_share_of_rank_1", timeout_s=60)
+    assert restored == [(progress(1), [1]), (progress(1), [1])]
+
+
+@pytest.mark.parametrize("prepared", ["stale_checksums_on_rank_1", "stale_reader_on_rank_1"])
+def test_a_disk_that_one_of_two_ranks_cannot_read_ends_both(prepared: str, home: Path):
+    restored = gloo_ranks(2, restoring_rank, str(home), prepared, timeout_s=60)
+    assert restored[0] == restored[1]
+    message, steps = restored[0]
+    assert re.fullmatch(
+        r".*/step-00000002: cannot be read by rank 1 \(Stale file handle\): nothing was changed; mend that, "
+        r"then run it again",
+        message,
+    )
+    assert steps == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["progress.json", ".metadata", "__0_0.distcp"])
+def test_a_file_that_cannot_be_read_is_not_damage(name: str, home: Path):
+    small = Small(home)
+    for step in (1, 2):
+        small.checkpoints.save(progress(step), wait=True)
+    file = checkpoint.complete(small.run)[-1] / name
+    file.rename(home / "kept")
+    file.symlink_to(file)
+    message = rf"{file}: cannot be read.* \(Too many levels of symbolic links\): nothing was changed; mend"
+    with pytest.raises(CheckpointError, match=message):
+        small.checkpoints.restore()
+    with pytest.raises(ConfigError, match=message):
+        checkpoint.load_weights(small.run)
+    file.unlink()
+    (home / "kept").rename(file)
+    assert small.checkpoints.restore() == progress(2)
+
+
+def test_a_directory_that_cannot_be_read_is_not_an_empty_one(home: Path):
+    small = Small(home)
+    small.run.path.mkdir()
+    small.run.checkpoints.symlink_to(small.run.checkpoints)
+    with pytest.raises(CheckpointError, match=r"checkpoints: cannot be read by rank 0 .*nothing was changed"):
+        small.checkpoints.restore()
+
+
+@pytest.mark.parametrize("pickled", [b"cno.such.module\nThing\n.", b"ctorch\nNoSuchThing\n."])
+def test_an_index_that_this_torch_cannot_read_is_not_damage(pickled: bytes, home: Path):
+    small = Small(home)
+    for step in (1, 2):
+        small.checkpoints.save(progress(step), wait=True)
+    newest = checkpoint.complete(small.run)[-1]
+    (newest / ".metadata").write_bytes(pickled)
+    write_progress(newest, metadata_crc32=zlib.crc32(pickled), torch="9.9")
+    for read in (small.checkpoints.restore, lambda: checkpoint.load_weights(small.run)):
+        with pytest.raises(
+            ConfigError, match=r"cannot read what torch 9.9 wrote \(.*\). Go on with that vers"
+        ):
+            read()
+    assert steps_saved(small.run) == [1, 2]
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(
@@ -452,25 +647,42 @@ def test_weights_are_read_from_the_newest_whole_one(home: Path, capsys: pytest.C
 
 
 def test_a_checkpoint_of_another_model_is_refused(cut: RunDirectory, home: Path, small_corpus: list[str]):
-    wider = config(*TINY, *small_corpus, "model.width=64")
-    copy_of(cut, wider)
-    with pytest.raises(ConfigError, match=r"blocks.0.\S+ is \[\d+, 32\] there and \[\d+, 64\] here, .*more"):
-        train_here(wider, attempt=2)
-    deeper = config(*TINY, *small_corpus, "model.layers=3")
-    run = copy_of(cut, deeper)
-    with pytest.raises(ConfigError, match=r"of another model: blocks\.2\.\S+ is absent there and \[32"):
-        train_here(deeper, attempt=2)
-    assert steps_saved(run)[-1] == 35
+    """Also where its parameters have the same names and shapes. What a model is called does not matter."""
+    for changes, difference in {
+        ("model.width=64",): "model.width is 32 there and 64 here",
+        ("model.heads=1", "model.kv_heads=1"): "model.heads is 2 there and 1 here, model.kv_heads is 2 there",
+        ("model.rope_theta=500000",): "model.rope_theta is 10000.0 there and 500000.0 here",
+        ("model.norm_eps=1e-6",): "model.norm_eps is 1e-05 there and 1e-06 here",
+    }.items():
+        other = config(*TINY, *small_corpus, *changes)
+        run = copy_of(cut, other)
+        with pytest.raises(ConfigError, match=f"of another model: {difference}.* Go on with the model"):
+            train_here(other, attempt=2)
+        assert steps_saved(run)[-1] == 35
+    renamed = config(*TINY, *small_corpus, "model.name=mine")
+    run = copy_of(cut, renamed)
+    train_here(renamed, attempt=2)
+    assert steps_saved(run)[-1] > 35
+    small = Small(home)
+    small.checkpoints.save(progress(1), wait=True)
+    without = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, {}, None, {})
+    with pytest.raises(ConfigError, match=r"of another model: model.width is 8 there and absent here\. Go"):
+        without.restore()
 
 
-@pytest.mark.parametrize("schema", [0, 7])
+@pytest.mark.parametrize("schema", [0, 1, 7])
 def test_a_checkpoint_of_another_schema_is_refused(
     schema: int, cut: RunDirectory, home: Path, small_corpus: list[str]
 ):
     composed = config(*TINY, *small_corpus)
     run = copy_of(cut, composed)
-    edit_progress(checkpoint.complete(run)[-1], schema=schema)
-    with pytest.raises(ConfigError, match=f"its schema is {schema}, this version reads 1. Go on with"):
+    newest = checkpoint.complete(run)[-1]
+    write_progress(newest, schema=schema)
+    if schema == 1:
+        tree = json.loads((newest / "progress.json").read_text())
+        del tree["crc32"]
+        (newest / "progress.json").write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=f"its schema is {schema}, this version reads 2. Go on with"):
         train_here(composed, attempt=2)
     assert steps_saved(run)[-1] == 35
 

@@ -62,6 +62,17 @@ def test_every_mesh_trains_alike(home: Path, small_corpus: list[str]):
             assert column(run, metric) == pytest.approx(expected, rel=1e-5), (name, metric)
 
 
+def test_workers_compare_alike_wherever_their_gradients_are_seen(home: Path, small_corpus: list[str]):
+    """The ranks' own gradients, accumulated over two to four micro-batches: DDP's bucket, FSDP2's layer."""
+    overrides = [*TINY, *small_corpus, "batch.estimator=worker", "budget.tokens=4k"]
+    ddp, *others = (train_here(config(*overrides, *MESHES[name])) for name in ("ddp4", "fsdp4", "hsdp2x2"))
+    assert max(column(ddp, "batch/accumulation")) > 1 and len(column(ddp, "stat/variance")) >= 5
+    for run in others:
+        assert column(run, "batch/size") == column(ddp, "batch/size")
+        for metric in ("train/loss", "stat/variance", "test/statistic"):
+            assert column(run, metric) == pytest.approx(column(ddp, metric), rel=1e-5), metric
+
+
 def some_steps(rank: int, composed: Config, path: str, attempt: int, steps: int) -> None:
     """Goes on from the newest checkpoint for so many steps, and saves."""
     trainer = Trainer(composed, RunDirectory(path), attempt, ranks_of(composed, rank))
