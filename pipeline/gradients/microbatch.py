@@ -2,8 +2,8 @@
 
 It runs before the gradient is accumulated, averaged over ranks or divided, under every strategy. Cost: one
 read of each gradient, and one float32 number per matrix row. With tensor parallel alone also one all-reduce
-of the norm weights' gradients at each micro-batch, (2·layers + 1)·width elements: each tensor-parallel rank
-has the part of its tokens, and parts of a vector do not tell its norm.
+a step, of the norm weights' gradients of each micro-batch, (2·layers + 1)·width elements: each rank has the
+part of its tokens, and parts of a vector do not tell its norm.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pipeline.gradients.direction import Direction
-from pipeline.gradients.dtensor import is_partial, local, mesh_axis, shards, sum_together
+from pipeline.gradients.dtensor import is_partial, local, mesh_axis, shards
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.norms import SquaredNorm, write_row_norms
 from pipeline.gradients.projections import LeafProjections, ShardProjections
@@ -38,10 +39,11 @@ class MicrobatchCapture:
         self._leaves = list(by_name.values())
         # Of a leaf's gradient; ranks that share matrix products hold parts of it, or all the whole.
         shares = [shards(leaf) / ranks.tensor_ranks for leaf in self._leaves]
-        self._ranks, self._limit = ranks, limit
+        self._ranks, self._limit, self._shares = ranks, limit, shares
         self._norm = SquaredNorm([local(leaf).shape for leaf in self._leaves], ranks.device, shares)
         self._seen = [False] * len(self._leaves)
-        self._partial: list[tuple[int, torch.Tensor]] = []
+        self._partial: list[torch.Tensor] = []  # gradients of this unit whose sum over ranks is still open
+        self._open: list[tuple[int, torch.Tensor]] = []  # the same of each unit of the step, flat
         self._active = False
         self._counts: Sequence[int] = []
         self._projecting: LeafProjections | ShardProjections | None = None  # in this step
@@ -49,6 +51,8 @@ class MicrobatchCapture:
 
         fully_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
         self._sums_partial_here = not fully_sharded  # FSDP2 needs them summed at once
+        tensor_axis = mesh_axis(self._leaves[0], "tensor")
+        self._tensor_group = tensor_axis.get_group() if tensor_axis else None
         self._direction = direction
         self._projections: LeafProjections | ShardProjections | None = None
         parameters = list(model.parameters())
@@ -57,7 +61,7 @@ class MicrobatchCapture:
             if shard_axis and shard_axis.size() > 1:
                 self._projections = ShardProjections(model, by_name, direction, shares, ranks)
             else:
-                self._projections = LeafProjections(direction, shares, ranks.device)
+                self._projections = LeafProjections(direction, ranks.device)
             self._direction_norm = SquaredNorm(
                 [local(parameter).shape for parameter in parameters],
                 ranks.device,
@@ -88,7 +92,10 @@ class MicrobatchCapture:
             assert not self._seen[index], "a parameter received two partial gradients"
             self._seen[index] = True
             if is_partial(gradient) and self._sums_partial_here:
-                self._partial.append((index, gradient.detach()))
+                own = local(gradient.detach())
+                self._partial.append(own)
+                if self._projecting:
+                    self._projecting.see(index, own, 1.0)  # a product is linear: its parts add up
                 return None
             if not isinstance(gradient, DTensor) or gradient.placements == layout:
                 self._see(index, gradient)
@@ -103,7 +110,7 @@ class MicrobatchCapture:
         own = local(gradient.detach())
         write_row_norms(own, self._norm.rows[index])
         if self._projecting:
-            self._projecting.see(index, own)
+            self._projecting.see(index, own, self._shares[index])
 
     # --- one step
 
@@ -136,15 +143,26 @@ class MicrobatchCapture:
                 projecting.end_unit()
 
     def _add(self, index: int) -> None:
-        assert len(self._partial) + sum(self._seen) >= len(self._seen), "a parameter received no gradient"
+        assert all(self._seen), "a parameter received no gradient"
         self._seen = [False] * len(self._seen)
-        for (leaf, _), whole in zip(
-            self._partial, sum_together([gradient for _, gradient in self._partial]), strict=True
-        ):
-            self._see(leaf, whole)
-        self._partial.clear()
-        squared = self._norm.total() / self._scale(index) ** 2
+        if self._partial:
+            self._open.append((index, torch.cat([part.flatten() for part in self._partial])))
+            self._partial.clear()
+        self._add_squared(index, self._norm.total())
+
+    def _add_squared(self, index: int, squared: torch.Tensor) -> None:
+        squared = squared / self._scale(index) ** 2
         self._sums += torch.stack([self._counts[index] * squared, squared])
+
+    def _close_sums(self) -> None:
+        """Completes over tensor-parallel ranks what was left open, of all units at once."""
+        if not self._open:
+            return
+        whole = torch.stack([parts for _, parts in self._open])
+        dist.all_reduce(whole, group=self._tensor_group)
+        for (index, _), gradient in zip(self._open, whole, strict=True):
+            self._add_squared(index, gradient.double().square().sum() / self._ranks.tensor_ranks)
+        self._open.clear()
 
     def _scale(self, index: int) -> float:
         """What the mean loss of a micro-batch was multiplied with, so that the average over ranks and the sum
@@ -154,6 +172,7 @@ class MicrobatchCapture:
     def sums(self) -> torch.Tensor:
         """This rank's part of what `statistics` needs, float64; to be summed over all ranks. Called when
         `.grad` is complete and before it is clipped."""
+        self._close_sums()
         parts = [self._sums]
         if self._projecting and self._direction:
             parts += [self._direction_norm(self._direction.parts()).view(1), self._projecting.products]

@@ -24,8 +24,8 @@ class LeafProjections:
 
     whole = None
 
-    def __init__(self, direction: Direction, shares: Sequence[float], device: torch.device) -> None:
-        self._direction, self._shares, self._device = direction, shares, device
+    def __init__(self, direction: Direction, device: torch.device) -> None:
+        self._direction, self._device = direction, device
         self.products = torch.zeros(0, dtype=torch.float64, device=device)
 
     def start_step(self, units: int) -> None:
@@ -38,10 +38,10 @@ class LeafProjections:
     def end_unit(self) -> None:
         pass
 
-    def see(self, index: int, gradient: torch.Tensor) -> None:
+    def see(self, index: int, gradient: torch.Tensor, share: float) -> None:
         """This rank's gradient of the parameter `index`, of the unit that has started."""
         product = inner_products(gradient.reshape(1, -1), self._parts[index].reshape(-1))
-        self.products[self._unit] += product[0] * self._shares[index]
+        self.products[self._unit] += product[0] * share
 
 
 class ShardProjections:
@@ -78,7 +78,7 @@ class ShardProjections:
     def end_unit(self) -> None:
         self._exchange.active = False
 
-    def see(self, index: int, gradient: torch.Tensor) -> None:
+    def see(self, index: int, gradient: torch.Tensor, share: float) -> None:
         pass
 
     def _see_rows(self, number: int, rows: torch.Tensor) -> None:
