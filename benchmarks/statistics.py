@@ -429,57 +429,57 @@ def mfu_figures() -> Figures:
 # --- what is printed
 
 
-def print_times(figures: Figures) -> None:
+def show(figures: Figures, describe: Callable[[dict[str, Any]], str]) -> None:
     for name, figure in figures.items():
-        target = f"  target ≤ {figure['target']}  {_verdict(figure)}" if figure["target"] else ""
-        print(
-            f"{name:{NAME_WIDTH}}  {figure['ratio']:.3f}  [{figure['q1']:.3f}, {figure['q3']:.3f}]  "
-            f"processor time {figure['processor']:.3f}  fastest {figure['fastest']:.3f}{target}",
-            flush=True,
-        )
+        print(f"{name:{NAME_WIDTH}}  {describe(figure)}", flush=True)
 
 
-def print_memory(figures: Figures) -> None:
-    for name, figure in figures.items():
-        bound = f"  bound {figure['bound_mib']:.1f}  {_verdict(figure)}" if figure["bound_mib"] else ""
-        print(
-            f"{name:{NAME_WIDTH}}  peak {figure['peak_mib']:6.1f} MiB, ratio {figure['ratio']:.3f}  "
-            f"sent {figure['sent_mib']:6.2f} MiB  extra {figure['extra_mib']:+6.1f} MiB{bound}",
-            flush=True,
-        )
+def of_time(figure: dict[str, Any]) -> str:
+    target = f"  target ≤ {figure['target']}  {_verdict(figure)}" if figure["target"] else ""
+    return (
+        f"{figure['ratio']:.3f}  [{figure['q1']:.3f}, {figure['q3']:.3f}]  "
+        f"processor time {figure['processor']:.3f}  fastest {figure['fastest']:.3f}{target}"
+    )
 
 
-def print_mfu(figures: Figures) -> None:
-    for name, figure in figures.items():
-        print(f"{name:{NAME_WIDTH}}  MFU {figure['mfu']:.3f} (bfloat16, compiled)", flush=True)
+def of_memory(figure: dict[str, Any]) -> str:
+    bound = f"  bound {figure['bound_mib']:.1f}  {_verdict(figure)}" if figure["bound_mib"] else ""
+    return (
+        f"peak {figure['peak_mib']:6.1f} MiB, ratio {figure['ratio']:.3f}  "
+        f"sent {figure['sent_mib']:6.2f} MiB  extra {figure['extra_mib']:+6.1f} MiB{bound}"
+    )
+
+
+def of_mfu(figure: dict[str, Any]) -> str:
+    return f"MFU {figure['mfu']:.3f} (bfloat16, compiled)"
 
 
 def _verdict(figure: dict[str, Any]) -> str:
     return "met" if figure["met"] else "MISSED"
 
 
-def measure(parts: Sequence[str], meshes: Sequence[str], rounds: int, show: bool) -> dict[str, Figures]:
-    """The figures of each part, printed as they come if `show`."""
+def measure(parts: Sequence[str], meshes: Sequence[str], rounds: int, aloud: bool) -> dict[str, Figures]:
+    """The figures of each part, printed as they come if `aloud`."""
     figures: dict[str, Figures] = {part: {} for part in parts}
     for mesh in meshes:
         if too_few_gpus(mesh):
             print(f"{mesh}: skipped, needs a GPU for each rank", file=sys.stderr)
             continue
-        for part, measured, shown in (
-            ("time", lambda mesh: time_figures(mesh, rounds), print_times),
-            ("memory", memory_figures, print_memory),
+        for part, measured, describe in (
+            ("time", lambda mesh: time_figures(mesh, rounds), of_time),
+            ("memory", memory_figures, of_memory),
         ):
             if part in parts:
                 found = measured(mesh)
                 figures[part] |= found
-                if show:
-                    shown(found)
+                if aloud:
+                    show(found, describe)
     if "mfu" in parts and not torch.cuda.is_available():
         print("mfu: skipped, no CUDA device", file=sys.stderr)
     elif "mfu" in parts:
         figures["mfu"] = mfu_figures()
-        if show:
-            print_mfu(figures["mfu"])
+        if aloud:
+            show(figures["mfu"], of_mfu)
     return figures
 
 
@@ -497,7 +497,7 @@ def main() -> int:
     os.environ["WANDB_MODE"] = "disabled"
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         os.environ["CRESCENDO_HOME"] = directory
-        figures = measure(parts, meshes, arguments.rounds, show=not arguments.json)
+        figures = measure(parts, meshes, arguments.rounds, aloud=not arguments.json)
     if arguments.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         machine = {"processor": device, "cores": os.cpu_count(), "torch": torch.__version__}

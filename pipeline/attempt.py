@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from pipeline.batch import schedule_class
-from pipeline.config import MESH_AXES, Config, ConfigError, check_mesh, nearest, parse, to_tree
-from pipeline.overrides import CONF, options_of
+from pipeline.config import Config, ConfigError, check_mesh, parse, to_tree
+from pipeline.overrides import CONF, no_such_option, options_of
 from pipeline.parallel import strategy_class
 
 GROUPS = ("parallel", "launch")
@@ -52,12 +52,7 @@ def _apply(change: str, tree: dict[str, Any]) -> None:
     elif text in options_of(group):
         tree[group] |= yaml.safe_load((CONF / group / f"{text}.yaml").read_text(encoding="utf-8")) or {}
     else:
-        hint = nearest(text, options_of(group))
-        raise ConfigError(
-            f"{change}: no such option of {group}."
-            + (f" Did you mean {hint}?" if hint else "")
-            + f" Options: {', '.join(options_of(group))}"
-        )
+        raise ConfigError(no_such_option(group, text, options_of(group)))
 
 
 def _check_same_run(frozen: Config, changed: Config) -> list[str]:
@@ -83,7 +78,5 @@ def _check_same_run(frozen: Config, changed: Config) -> list[str]:
 
 def mesh_of(config: Config) -> str:
     """In a few words, for people: `fsdp, shard 4`."""
-    parallel = config.parallel
-    return ", ".join(
-        [parallel.strategy, *(f"{axis} {n}" for axis in MESH_AXES if (n := getattr(parallel, axis)) > 1)]
-    )
+    axes = [f"{axis} {n}" for axis, n in config.parallel.mesh.items() if n > 1]
+    return ", ".join([config.parallel.strategy, *axes])

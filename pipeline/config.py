@@ -96,6 +96,11 @@ class ParallelConfig:
     activation_checkpointing: bool
 
     @property
+    def mesh(self) -> dict[str, int]:
+        """Ranks along each axis, the outermost first."""
+        return {"replicate": self.replicate, "shard": self.shard, "tensor": self.tensor}
+
+    @property
     def data_ranks(self) -> int:
         """Ranks that read different sequences."""
         return self.replicate * self.shard
@@ -352,19 +357,16 @@ _NAMES = {
 }
 
 
-MESH_AXES = ("replicate", "shard", "tensor")
-
-
 def _unused_axes(parallel: ParallelConfig) -> list[str]:
     if parallel.strategy not in strategies.names():
         return []
     used = strategies.strategy_class(parallel.strategy).axes
-    return [axis for axis in MESH_AXES if axis not in used]
+    return [axis for axis in parallel.mesh if axis not in used]
 
 
 def _whole_mesh(parallel: ParallelConfig, launch: LaunchConfig) -> ParallelConfig:
     """With the axis that is -1 filled in from the launch's ranks, so that the run's id names the mesh."""
-    open_axes = [axis for axis in MESH_AXES if getattr(parallel, axis) == -1]
+    open_axes = [axis for axis, ranks in parallel.mesh.items() if ranks == -1]
     if not open_axes:
         return parallel
     axis, key = open_axes[0], f"parallel.{open_axes[0]}=-1"
@@ -375,14 +377,15 @@ def _whole_mesh(parallel: ParallelConfig, launch: LaunchConfig) -> ParallelConfi
     if launch.gpus_per_node is None:
         raise ConfigError(f"{key}: the rest of how many ranks? Set launch.gpus_per_node (and launch.nodes)")
     ranks = launch.nodes * launch.gpus_per_node
-    others = math.prod(getattr(parallel, other) for other in MESH_AXES if other != axis)
+    others = math.prod(n for other, n in parallel.mesh.items() if other != axis)
     if ranks % others:
         raise ConfigError(
             f"{key}: launch.nodes={launch.nodes} × launch.gpus_per_node={launch.gpus_per_node} = {ranks} "
             f"ranks cannot be divided by the other axes' {others}. Nearest number of ranks: "
             f"{nearest_multiples(ranks, others)}"
         )
-    return replace(parallel, **{axis: ranks // others})
+    whole: dict[str, Any] = {axis: ranks // others}
+    return replace(parallel, **whole)
 
 
 def parse_tokens(value: object) -> int:
@@ -482,10 +485,9 @@ def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]
         return unknown
     used = strategies.strategy_class(parallel.strategy).axes
     problems = [
-        f"parallel.{axis}={getattr(parallel, axis)}: parallel={parallel.strategy} does not use this axis; "
-        f"it must be 1"
+        f"parallel.{axis}={ranks}: parallel={parallel.strategy} does not use this axis; it must be 1"
         for axis in _unused_axes(parallel)
-        if getattr(parallel, axis) != 1
+        if (ranks := parallel.mesh[axis]) != 1
     ]
     if parallel.compile and "tensor" in used:
         problems.append(
@@ -493,7 +495,7 @@ def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]
             f"DTensors into wrong gradients or fails in the backward pass; use parallel.compile=false"
         )
     if launch.gpus_per_node and launch.nodes * launch.gpus_per_node != parallel.world_size:
-        mesh = " × ".join(f"{axis} {getattr(parallel, axis)}" for axis in MESH_AXES)
+        mesh = " × ".join(f"{axis} {n}" for axis, n in parallel.mesh.items())
         ranks = launch.nodes * launch.gpus_per_node
         hint = f", or set parallel.{used[-1]}=-1 for all the rest" if used else ""
         problems.append(

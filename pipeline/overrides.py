@@ -30,7 +30,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | Non
         case OverrideParseException():
             return (_unreadable(error),)
         case MissingConfigException() if error.missing_cfg_file and error.options:
-            return (_no_such_option(error.missing_cfg_file, error.options),)
+            group, _, option = error.missing_cfg_file.rpartition("/")
+            return (no_such_option(group, option, error.options),)
         case HydraException():
             return (_rejected(text),)
         case OmegaConfBaseException():  # an interpolation that leads nowhere
@@ -59,8 +60,7 @@ def _unreadable(error: OverrideParseException) -> str:
     )
 
 
-def _no_such_option(missing: str, options: Sequence[str]) -> str:
-    group, _, option = missing.rpartition("/")
+def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
     hint = nearest(option.lower(), options)
     return (
         f"{group}={option}: no such option of {group}."

@@ -18,7 +18,7 @@ from pipeline.checkpoint import Checkpointer, Progress
 from pipeline.config import Config, ConfigError, to_tree
 from pipeline.data import Prefetcher, Stream, prepare
 from pipeline.gradients.capture import Capture, capture_for
-from pipeline.gradients.dtensor import local, shards
+from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.model.llama import Llama, loss_sum
@@ -65,7 +65,7 @@ class Trainer:
         self.device = ranks.device
         self.micro, self.length = config.data.micro_batch, config.data.sequence_length
 
-        corpus = prepare(config.data, home() / "corpora", report=print)
+        corpus = prepare(config.data, home() / "corpora", report=report)
         if corpus.vocab_size > config.model.vocab:
             raise ConfigError(
                 f"model.vocab={config.model.vocab}: the tokenizer has {corpus.vocab_size} tokens. "
@@ -81,11 +81,7 @@ class Trainer:
         self.model: nn.Module = self.strategy.apply(model)
         self.optimizer = adamw.build(self.model, config.optim)
         self.parameters = list(self.model.parameters())
-        self.squared_norm = SquaredNorm(
-            [local(p).shape for p in self.parameters],
-            self.device,
-            [shards(p) / ranks.world_size for p in self.parameters],
-        )
+        self.squared_norm = SquaredNorm(self.parameters, ranks.world_size, self.device)
 
         self.schedule = schedule_class(config.batch.schedule)(config)
         self.capture: Capture | None = None
@@ -188,8 +184,7 @@ class Trainer:
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
             self.data.request(*following)
             last = index + 1 == len(units)
-            # The strategy averages over ranks: scaled so that the result is the mean over the whole batch.
-            scale = count * self.ranks.data_ranks / size
+            scale = self.ranks.loss_scale(count, of=size)
             unit = index * self.ranks.data_ranks + self.ranks.data_rank
             with self.strategy.micro_batch(self.model, last=last, whole=whole), self.strategy.loss():
                 unit_loss = self._loss(inputs, targets) / inputs.numel()
@@ -199,7 +194,8 @@ class Trainer:
         self.strategy.complete_gradients(self.parameters)
 
         # Ranks that share matrix products have the same loss.
-        own = [loss.view(1) / self.ranks.tensor_ranks, self._squared_norm().view(1), self._requests()]
+        squared_norm = self.squared_norm(self._local_gradients())
+        own = [loss.view(1) / self.ranks.tensor_ranks, squared_norm.view(1), self._requests()]
         if capture:
             own.append(capture.sums())
         mean_loss, mean_sq_norm, stop, save, *sums = self.ranks.sum(torch.cat(own))
@@ -229,9 +225,9 @@ class Trainer:
             return False
         return time.monotonic() - self.saved_at > 60 * minutes
 
-    def _squared_norm(self) -> torch.Tensor:
-        """This rank's share of ‖g‖²."""
-        return self.squared_norm([local(p.grad) for p in self.parameters if p.grad is not None])
+    def _local_gradients(self) -> list[torch.Tensor]:
+        """What this rank holds of g."""
+        return [local(p.grad) for p in self.parameters if p.grad is not None]
 
     def _my_units(self, first: int, size: int) -> Iterator[tuple[int, int]]:
         """(first sequence, sequences) of this rank's micro-batches: unit i of a step is always the same
@@ -258,7 +254,7 @@ class Trainer:
     def _update(self, norm: float, rate: float) -> None:
         clip = self.config.optim.clip
         if clip is not None and norm > clip:
-            torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], clip / norm)
+            torch._foreach_mul_(self._local_gradients(), clip / norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -71,7 +71,7 @@ class Adaptive:
             )
         parallel = config.parallel
         if batch.estimator != "microbatch" and not strategy_class(parallel.strategy).shows_workers(parallel):
-            axes = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in ("replicate", "shard", "tensor"))
+            axes = ", ".join(f"{axis} {n}" for axis, n in parallel.mesh.items())
             problems.append(
                 f"batch.estimator={batch.estimator}: compares the gradients of data-parallel ranks, which "
                 f"parallel={parallel.strategy} ({axes}) does not show. Use batch.estimator=microbatch, "

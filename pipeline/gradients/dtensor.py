@@ -4,7 +4,7 @@ that are still open."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,12 @@ def shards(tensor: torch.Tensor) -> int:
         for axis, placement in enumerate(tensor.placements)
         if not isinstance(placement, Replicate)
     )
+
+
+def shares(tensors: Iterable[torch.Tensor], ranks: int) -> list[float]:
+    """Of each tensor: what the part that a rank holds counts for in a sum over `ranks` ranks, which hold all
+    of it between them. 1 for a shard that no other has, 1/4 where four have copies."""
+    return [shards(tensor) / ranks for tensor in tensors]
 
 
 def mesh_axis(tensor: torch.Tensor, axis: str) -> DeviceMesh | None:

@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.gradients.dtensor import local
+from pipeline.gradients.dtensor import local, mesh_axis
 
 # torch 2.13 renamed both and warns of the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -83,8 +83,7 @@ class Layer:
     columns: list[int]  # of each parameter in one rank's slice: whole rows of dimension 0, padded with zeros
 
 
-def layers_of(model: nn.Module, leaves: dict[str, torch.Tensor], ranks: int) -> list[Layer]:
-    """Every FSDP2 module of a model in `ranks` shards; `leaves` are its gathered parameters."""
+def _layers_of(model: nn.Module, leaves: dict[str, torch.Tensor], shards: int) -> list[Layer]:
     index = {id(parameter): i for i, parameter in enumerate(model.parameters())}
     rows = [local(leaf).shape for leaf in leaves.values()]
     found = []
@@ -93,18 +92,27 @@ def layers_of(model: nn.Module, leaves: dict[str, torch.Tensor], ranks: int) -> 
             inner = (m for m in module.modules() if isinstance(m, FSDPModule) and m is not module)
             nested = {id(parameter) for m in inner for parameter in m.parameters()}
             own = [index[id(p)] for p in module.parameters() if id(p) not in nested]
-            columns = [math.ceil(rows[i][0] / ranks) * math.prod(rows[i][1:]) for i in own]
+            columns = [math.ceil(rows[i][0] / shards) * math.prod(rows[i][1:]) for i in own]
             found.append(Layer(module, own, columns))
     return found
 
 
 class ShardExchange:
     """Stands in for FSDP2's reduce-scatter (set_custom_reduce_scatter); while active it shows `see` a
-    layer's number and rows. FSDP2 does not call it where there is a single shard."""
+    layer's number and rows. FSDP2 does not call it where there is a single shard.
 
-    def __init__(self, layers: list[Layer], see: Callable[[int, torch.Tensor], None]) -> None:
+    `leaves`: the model's gathered parameters.
+    """
+
+    def __init__(
+        self, model: nn.Module, leaves: dict[str, torch.Tensor], see: Callable[[int, torch.Tensor], None]
+    ) -> None:
+        axis = mesh_axis(next(model.parameters()), "shard")
+        assert axis is not None
         self.active = False
-        for number, layer in enumerate(layers):
+        self.position = axis.get_local_rank()  # of this rank among those that exchange with it
+        self.layers = _layers_of(model, leaves, axis.size())
+        for number, layer in enumerate(self.layers):
             comm = _LayerExchange(self, number, sum(layer.columns), see)
             layer.module.set_custom_reduce_scatter(comm)  # type: ignore[arg-type] # its base class is private
 

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pipeline.gradients.direction import Direction
-from pipeline.gradients.dtensor import is_partial, local, mesh_axis, shards
+from pipeline.gradients.dtensor import is_partial, local, mesh_axis, shares
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.norms import SquaredNorm, write_row_norms
 from pipeline.gradients.projections import LeafProjections, ShardProjections
@@ -37,10 +36,10 @@ class MicrobatchCapture:
     ) -> None:
         by_name = leaves(model)
         self._leaves = list(by_name.values())
-        # Of a leaf's gradient; ranks that share matrix products hold parts of it, or all the whole.
-        shares = [shards(leaf) / ranks.tensor_ranks for leaf in self._leaves]
-        self._ranks, self._limit, self._shares = ranks, limit, shares
-        self._norm = SquaredNorm([local(leaf).shape for leaf in self._leaves], ranks.device, shares)
+        # Ranks that share matrix products hold parts of a leaf's gradient, or all the whole.
+        self._shares = shares(self._leaves, ranks.tensor_ranks)
+        self._ranks, self._limit = ranks, limit
+        self._norm = SquaredNorm(self._leaves, ranks.tensor_ranks, ranks.device)
         self._seen = [False] * len(self._leaves)
         self._partial: list[torch.Tensor] = []  # gradients of this unit whose sum over ranks is still open
         self._open: list[tuple[int, torch.Tensor]] = []  # the same of each unit of the step, flat
@@ -49,24 +48,18 @@ class MicrobatchCapture:
         self._projecting: LeafProjections | ShardProjections | None = None  # in this step
         self._sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
 
-        fully_sharded = any(isinstance(module, FSDPModule) for module in model.modules())
-        self._sums_partial_here = not fully_sharded  # FSDP2 needs them summed at once
-        tensor_axis = mesh_axis(self._leaves[0], "tensor")
+        parameters = list(model.parameters())
+        shard_axis, tensor_axis = mesh_axis(parameters[0], "shard"), mesh_axis(parameters[0], "tensor")
+        self._sums_partial_here = shard_axis is None  # FSDP2 needs them summed at once
         self._tensor_group = tensor_axis.get_group() if tensor_axis else None
         self._direction = direction
         self._projections: LeafProjections | ShardProjections | None = None
-        parameters = list(model.parameters())
         if direction:
-            shard_axis = mesh_axis(parameters[0], "shard") if fully_sharded else None
             if shard_axis and shard_axis.size() > 1:
-                self._projections = ShardProjections(model, by_name, direction, shares, ranks)
+                self._projections = ShardProjections(model, by_name, direction, self._shares, ranks.device)
             else:
                 self._projections = LeafProjections(direction, ranks.device)
-            self._direction_norm = SquaredNorm(
-                [local(parameter).shape for parameter in parameters],
-                ranks.device,
-                [shards(parameter) / ranks.world_size for parameter in parameters],
-            )
+            self._direction_norm = SquaredNorm(parameters, ranks.world_size, ranks.device)
         for index, leaf in enumerate(self._leaves):
             leaf.register_hook(self._hook(index, leaf))
 
@@ -165,9 +158,8 @@ class MicrobatchCapture:
         self._open.clear()
 
     def _scale(self, index: int) -> float:
-        """What the mean loss of a micro-batch was multiplied with, so that the average over ranks and the sum
-        over micro-batches are the step's mean."""
-        return self._counts[index] * self._ranks.data_ranks / self._step_sequences
+        """What the mean loss of a micro-batch was multiplied with."""
+        return self._ranks.loss_scale(self._counts[index], of=self._step_sequences)
 
     def sums(self) -> torch.Tensor:
         """This rank's part of what `statistics` needs, float64; to be summed over all ranks. Called when

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pipeline.gradients.dtensor import local, shares
+
 FLAT_ROW = 4096  # a vector longer than this is cut into rows
 PRODUCT_ROW = 2**18  # elements of one inner product in float32
 
@@ -39,33 +41,27 @@ def write_row_norms(tensor: torch.Tensor, out: torch.Tensor) -> None:
 
 
 class SquaredNorm:
-    """‖·‖² of a fixed set of tensors, with the memory for their row norms kept between calls.
+    """‖·‖² of tensors like the given ones, with the memory for their row norms kept between calls.
 
-    Of tensors spread over ranks each rank gives its part, and `shares` what that part counts for in a sum
-    over all ranks: 1 for a shard that no other rank has, 1/4 where four ranks have copies.
+    Of tensors spread over `ranks` ranks each rank gives its part, and the sum over ranks is ‖·‖².
     """
 
-    def __init__(
-        self, shapes: Sequence[Sequence[int]], device: torch.device, shares: Sequence[float] | None = None
-    ) -> None:
-        counts = [row_count(shape) for shape in shapes]
+    def __init__(self, like: Sequence[torch.Tensor], ranks: int, device: torch.device) -> None:
+        counts = [row_count(local(tensor).shape) for tensor in like]
         self._norms = torch.zeros(sum(counts), device=device)
         self.rows = list(self._norms.split(counts))  # the slot of each tensor
-        self._shares: torch.Tensor | None = None
-        if shares is not None:
-            by_tensor = torch.tensor(shares, dtype=torch.float64)
-            self._shares = by_tensor.repeat_interleave(torch.tensor(counts)).to(device)
+        by_tensor = torch.tensor(shares(like, ranks), dtype=torch.float64)
+        self._shares = by_tensor.repeat_interleave(torch.tensor(counts)).to(device)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Float64 scalar on the device."""
+        """Of this rank's parts: float64 scalar on the device."""
         for tensor, rows in zip(tensors, self.rows, strict=True):
             write_row_norms(tensor, rows)
         return self.total()
 
     def total(self) -> torch.Tensor:
         """The sum of squares of what lies in the slots, by their shares."""
-        squares = self._norms.double().square_()
-        return squares.sum() if self._shares is None else squares @ self._shares
+        return self._norms.double().square_() @ self._shares
 
 
 def inner_products(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

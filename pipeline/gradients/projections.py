@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 from pipeline.gradients.direction import Direction
-from pipeline.gradients.dtensor import mesh_axis
-from pipeline.gradients.exchange import ShardExchange, layers_of
+from pipeline.gradients.exchange import ShardExchange
 from pipeline.gradients.norms import inner_products
-from pipeline.parallel._ranks import Ranks
 
 
 class LeafProjections:
@@ -56,23 +54,18 @@ class ShardProjections:
         leaves: dict[str, torch.Tensor],
         direction: Direction,
         shares: Sequence[float],
-        ranks: Ranks,
+        device: torch.device,
     ) -> None:
-        axis = mesh_axis(next(model.parameters()), "shard")
-        assert axis is not None
-        self._direction, self._shares = direction, shares
-        self._layers = layers_of(model, leaves, axis.size())
-        self._exchange = ShardExchange(self._layers, self._see_rows)
-        self._position = ranks.data_rank % axis.size()  # of this rank in its exchange
-        self._device = ranks.device
-        self.products = torch.zeros(0, dtype=torch.float64, device=ranks.device)
+        self._direction, self._shares, self._device = direction, shares, device
+        self._exchange = ShardExchange(model, leaves, self._see_rows)
+        self.products = torch.zeros(0, dtype=torch.float64, device=device)
 
     def start_step(self, units: int) -> None:
         self.products = torch.zeros(units, dtype=torch.float64, device=self._device)
         self._parts = self._direction.parts()
 
     def start_unit(self, unit: int) -> None:
-        self._first_unit = unit - self._position  # of the ranks that exchange with this one
+        self._first_unit = unit - self._exchange.position  # of the ranks that exchange with this one
         self._exchange.active = True
 
     def end_unit(self) -> None:
@@ -83,7 +76,7 @@ class ShardProjections:
 
     def _see_rows(self, number: int, rows: torch.Tensor) -> None:
         units = slice(self._first_unit, self._first_unit + len(rows))
-        layer = self._layers[number]
+        layer = self._exchange.layers[number]
         for index, columns in zip(layer.parameters, rows.split(layer.columns, dim=1), strict=True):
             part = self._parts[index].reshape(-1)  # without the padding, which is at the end of the columns
             self.products[units] += inner_products(columns[:, : len(part)], part) * self._shares[index]

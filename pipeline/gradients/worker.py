@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.gradients.dtensor import mesh_axis, shards
-from pipeline.gradients.exchange import BucketExchange, Layer, ShardExchange, exchange, layers_of, padded
+from pipeline.gradients.dtensor import mesh_axis, shares
+from pipeline.gradients.exchange import BucketExchange, Layer, ShardExchange, exchange, padded
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.statistics import (
     BINS_PER_OCTAVE,
@@ -47,60 +47,58 @@ class WorkerCapture:
         if isinstance(model, DistributedDataParallel):
             self._exchange = BucketExchange(model, self._see)
         else:
-            first = next(model.parameters())
-            shard_axis, replica_axis = mesh_axis(first, "shard"), mesh_axis(first, "replicate")
-            assert shard_axis is not None
-            by_name = leaves(model)
-            layers = layers_of(model, by_name, shard_axis.size())
+            replica_axis = mesh_axis(next(model.parameters()), "replicate")
             if replica_axis and replica_axis.size() > 1:
                 self._replicas = replica_axis.get_group()
-            shares = [shards(leaf) / ranks.tensor_ranks for leaf in by_name.values()]
-            self._column_shares = [self._shares_of(layer, shares) for layer in layers]
-            self._exchange = ShardExchange(layers, self._see_layer)
+            by_name = leaves(model)
+            of_leaves = shares(by_name.values(), ranks.tensor_ranks)
+            self._exchange = ShardExchange(model, by_name, self._see_layer)
+            self._column_shares = [self._shares_of(layer, of_leaves) for layer in self._exchange.layers]
         count = ranks.data_ranks
         self._gram = torch.zeros(count, count, dtype=torch.float64, device=ranks.device)
         self._coordinates: torch.Tensor | None = None
         if coordinates:
             self._coordinates = torch.zeros(2 + RATIO_BINS, dtype=torch.float64, device=ranks.device)
 
-    def _shares_of(self, layer: Layer, shares: list[float]) -> torch.Tensor | None:
+    def _shares_of(self, layer: Layer, of_leaves: list[float]) -> torch.Tensor | None:
         """What each column counts for: tensor-parallel ranks have copies of some. None: all for 1."""
         if self._ranks.tensor_ranks == 1:
             return None
-        by_parameter = torch.tensor([shares[index] for index in layer.parameters])
+        by_parameter = torch.tensor([of_leaves[index] for index in layer.parameters])
         return by_parameter.repeat_interleave(torch.tensor(layer.columns)).to(self._ranks.device)
 
     # --- in the backward pass
 
     def _see_layer(self, layer: int, rows: torch.Tensor) -> None:
-        shares = self._column_shares[layer]
+        column_shares = self._column_shares[layer]
         if self._replicas is None:
-            self._see(rows, shares)
+            self._see(rows, column_shares)
             return
         # Each replica takes a part of the columns and gets them from all others: [replicas, shards, part].
         replicas = self._replicas.size()
         wide = padded(rows, replicas)
         mine = wide.view(len(rows), replicas, -1).transpose(0, 1).contiguous()
         parts = exchange(mine.view(-1), self._replicas)
-        if shares is not None:
-            shares = padded(shares, replicas).view(replicas, -1)[self._replicas.rank()]
-        self._see(parts.view(replicas * len(rows), -1), shares)
+        if column_shares is not None:
+            column_shares = padded(column_shares, replicas).view(replicas, -1)[self._replicas.rank()]
+        self._see(parts.view(replicas * len(rows), -1), column_shares)
 
     @torch.no_grad()
-    def _see(self, rows: torch.Tensor, shares: torch.Tensor | None = None) -> None:
+    def _see(self, rows: torch.Tensor, column_shares: torch.Tensor | None = None) -> None:
         """The same coordinates of every worker's accumulated gradient, [J, columns]."""
         for start in range(0, rows.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
             gradients = rows[:, part] / self._scales
-            self._gram += gram_matrix(gradients, None if shares is None else shares[part])
+            counted = None if column_shares is None else column_shares[part]
+            self._gram += gram_matrix(gradients, counted)
             if self._coordinates is not None:
-                self._add_coordinates(gradients, None if shares is None else shares[part])
+                self._add_coordinates(gradients, counted)
 
-    def _add_coordinates(self, gradients: torch.Tensor, shares: torch.Tensor | None) -> None:
+    def _add_coordinates(self, gradients: torch.Tensor, column_shares: torch.Tensor | None) -> None:
         assert self._coordinates is not None
         mean = self._weights @ gradients / self._weights.sum()
         variance = self._weights @ (gradients - mean).square_() / (len(gradients) - 1)
-        count = torch.ones_like(mean) if shares is None else shares
+        count = torch.ones_like(mean) if column_shares is None else column_shares
         self._coordinates[0] += (variance.sqrt() * count).sum(dtype=torch.float64)
         self._coordinates[1] += (mean.abs() * count).sum(dtype=torch.float64)
         octaves = variance.log2() - 2 * mean.abs().log2()  # of the ratio itself, its square could underflow
@@ -119,8 +117,8 @@ class WorkerCapture:
         assert min(self._sequences) > 0, "a rank without sequences has no gradient to compare"
         self._step_sequences = sum(counts)
         self._weights = torch.tensor(self._sequences, dtype=torch.float32, device=self._ranks.device)
-        # A rank's micro-batches were scaled so that the average over ranks is the step's mean.
-        self._scales = (self._weights * (ranks / self._step_sequences)).view(-1, 1)
+        scales = [self._ranks.loss_scale(count, of=self._step_sequences) for count in self._sequences]
+        self._scales = torch.tensor(scales, device=self._ranks.device).view(-1, 1)
         self._gram.zero_()
         if self._coordinates is not None:
             self._coordinates.zero_()
@@ -156,10 +154,10 @@ class WorkerCapture:
         )
 
 
-def gram_matrix(rows: torch.Tensor, shares: torch.Tensor | None) -> torch.Tensor:
+def gram_matrix(rows: torch.Tensor, column_shares: torch.Tensor | None) -> torch.Tensor:
     """The Gram matrix of rows [J, columns], each column counted by its share: float64 [J, J]."""
     parts = padded(rows, PRODUCT_COLUMNS).view(len(rows), -1, PRODUCT_COLUMNS).transpose(0, 1)
     weighted = parts
-    if shares is not None:
-        weighted = parts * padded(shares, PRODUCT_COLUMNS).view(-1, 1, PRODUCT_COLUMNS)
+    if column_shares is not None:
+        weighted = parts * padded(column_shares, PRODUCT_COLUMNS).view(-1, 1, PRODUCT_COLUMNS)
     return torch.bmm(weighted, parts.mT).sum(0, dtype=torch.float64)

@@ -38,6 +38,11 @@ class Ranks:
         """Ranks that share each matrix product and read the same sequences."""
         return self.world_size // self.data_ranks
 
+    def loss_scale(self, sequences: int, of: int) -> float:
+        """What the mean loss of this many of a step's sequences is multiplied with, so that the average over
+        data-parallel ranks of the sums over micro-batches is the mean over the step."""
+        return sequences * self.data_ranks / of
+
     def sum(self, vector: torch.Tensor) -> list[float]:
         """The float64 vector summed over all ranks, as numbers: a step's wait for the device."""
         if self.world_size > 1:

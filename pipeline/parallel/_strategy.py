@@ -16,14 +16,11 @@ if TYPE_CHECKING:
     from pipeline.model.llama import Llama
     from pipeline.parallel._ranks import Ranks
 
-COMMON = frozenset(["strategy", "precision", "compile", "activation_checkpointing"])
-
 
 class Strategy:
     """One way to spread a model over ranks. A subclass overrides what differs from one process."""
 
     axes: ClassVar[tuple[str, ...]] = ()  # of the mesh: replicate, shard, tensor
-    settings: ClassVar[frozenset[str]] = COMMON  # the parallel.* settings that it reads
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.parallel, self.ranks = config, config.parallel, ranks
@@ -33,9 +30,8 @@ class Strategy:
         """All ranks, [replicate, shard, tensor]: neighbouring ranks share matrices, then parameters."""
         from torch.distributed.device_mesh import init_device_mesh
 
-        shape = (self.parallel.replicate, self.parallel.shard, self.parallel.tensor)
-        names = ("replicate", "shard", "tensor")
-        return init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=names)
+        sizes = self.parallel.mesh
+        return init_device_mesh(self.ranks.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
     @staticmethod
     def shows_workers(parallel: ParallelConfig) -> bool:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 class Strategy(_strategy.Strategy):
     axes = ("replicate",)
-    settings = _strategy.COMMON | {"replicate"}
 
     @staticmethod
     def shows_workers(parallel: ParallelConfig) -> bool:

@@ -17,12 +17,9 @@ if TYPE_CHECKING:
     from pipeline.config import ParallelConfig
     from pipeline.model.llama import Llama
 
-SETTINGS = _strategy.COMMON | {"reshard_after_forward", "shard_gradients"}
-
 
 class Strategy(_strategy.Strategy):
     axes = ("shard",)
-    settings = SETTINGS | {"shard"}
 
     @staticmethod
     def shows_workers(parallel: ParallelConfig) -> bool:

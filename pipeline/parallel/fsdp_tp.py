@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from pipeline.parallel import fsdp, tp
@@ -13,16 +12,9 @@ if TYPE_CHECKING:
 
 class Strategy(fsdp.Strategy):
     axes = ("replicate", "shard", "tensor")
-    settings = fsdp.SETTINGS | {"replicate", "shard", "tensor"}
-
-    def split(self, model: Llama) -> None:
-        tp.split_matrices(model, self.mesh["tensor"])
+    split = tp.Strategy.split
+    loss = tp.Strategy.loss
 
     def shard(self, model: Llama) -> None:
         data = self.mesh["shard"] if self.parallel.replicate == 1 else self.mesh["replicate", "shard"]
         fsdp.fully_shard_layers(model, data, self.parallel)
-
-    def loss(self) -> contextlib.AbstractContextManager[object]:
-        from torch.distributed.tensor.parallel import loss_parallel
-
-        return loss_parallel()

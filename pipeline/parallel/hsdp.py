@@ -8,4 +8,3 @@ from pipeline.parallel import fsdp
 
 class Strategy(fsdp.Strategy):
     axes = ("replicate", "shard")
-    settings = fsdp.SETTINGS | {"replicate", "shard"}

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 class Strategy(_strategy.Strategy):
     axes = ("tensor",)
-    settings = _strategy.COMMON | {"tensor"}
 
     def split(self, model: Llama) -> None:
         split_matrices(model, self.mesh["tensor"])

@@ -9,9 +9,10 @@ import pytest
 import benchmarks.statistics
 from benchmarks.statistics import Footprint, footprint, step_times
 from tests.distributed import gloo_ranks, ranks_of
+from tests.gradients.support import SMALL
 from tests.support import config
 
-TINY = ["data.sequence_length=32", "data.micro_batch=2", "model.layers=1", "model.width=32", "model.heads=4", "model.kv_heads=2", "model.ffn=48"]  # fmt: skip
+TINY = ["data.sequence_length=32", *SMALL]
 
 
 def test_every_variant_takes_its_steps(home: Path, small_corpus: list[str], monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from pipeline.model.llama import Llama, loss_sum
 from pipeline.parallel import strategy_class
 from pipeline.parallel._strategy import Strategy
 from tests.distributed import gloo_ranks, ranks_of
+from tests.meshes import MESHES
 from tests.support import config
 
 SMALL = [
@@ -34,21 +35,6 @@ SMALL = [
 # 13 sequences in micro-batches of 2: 7 units, the last one short, and on 2 or 4 ranks one rank without a share
 SEQUENCES, MICRO = 13, 2
 COUNTS = [2, 2, 2, 2, 2, 2, 1]
-
-MESHES = {
-    "single": ["parallel=single"],
-    "ddp2": ["parallel=ddp"],
-    "fsdp1": ["parallel=fsdp", "parallel.shard=1"],
-    "fsdp2": ["parallel=fsdp"],
-    "fsdp2 whole gradients": ["parallel=fsdp", "parallel.shard_gradients=false"],
-    "fsdp3": ["parallel=fsdp", "parallel.shard=3"],  # shards of unequal size, and padding
-    "hsdp2x2": ["parallel=hsdp"],
-    "hsdp2x1": ["parallel=hsdp", "parallel.shard=1"],
-    "tp1": ["parallel=tp", "parallel.tensor=1"],
-    "tp2": ["parallel=tp"],
-    "fsdp2 x tp2": ["parallel=fsdp_tp"],
-    "replicas2 x tp2": ["parallel=fsdp_tp", "parallel.replicate=2", "parallel.shard=1"],
-}
 
 
 def tokens(sequences: int = SEQUENCES) -> Tensor:

@@ -13,14 +13,13 @@ from torch import Tensor
 from pipeline.batch._interface import Needs
 from pipeline.config import Config
 from pipeline.gradients.capture import capture_for
-from pipeline.gradients.exchange import ShardExchange, layers_of
+from pipeline.gradients.exchange import ShardExchange
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.microbatch import MicrobatchCapture
 from pipeline.gradients.statistics import BINS_PER_OCTAVE, LOWEST_OCTAVE, GradientStatistics
 from pipeline.gradients.worker import WorkerCapture
 from tests.gradients.support import (
     COUNTS,
-    MESHES,
     SEQUENCES,
     SMALL,
     Fixed,
@@ -37,6 +36,7 @@ from tests.gradients.support import (
     units,
     workers,
 )
+from tests.meshes import MESHES
 from tests.support import config
 
 Seen = tuple[GradientStatistics, Tensor]
@@ -154,7 +154,7 @@ def test_workers(mesh: str, seen_workers: dict[str, list[Seen]]):
 def exchanged_dtypes(rank: int, mesh: str) -> set[torch.dtype]:
     strategy, model = distributed(rank, config(*MESHES[mesh], *SMALL, "parallel.precision=bfloat16"))
     seen = set()
-    exchange = ShardExchange(layers_of(model, leaves(model), 2), lambda layer, rows: seen.add(rows.dtype))
+    exchange = ShardExchange(model, leaves(model), lambda layer, rows: seen.add(rows.dtype))
     exchange.active = True
     with strategy.micro_batch(model, last=True, whole=True):
         mean_loss(model, tokens().to(strategy.ranks.device)).backward()

@@ -12,7 +12,6 @@ from pipeline.config import ConfigError
 from pipeline.gradients.dtensor import local
 from tests.distributed import gloo_ranks
 from tests.gradients.support import (
-    MESHES,
     SMALL,
     distributed,
     full_gradient,
@@ -21,6 +20,7 @@ from tests.gradients.support import (
     plain_model,
     tokens,
 )
+from tests.meshes import MESHES
 from tests.support import config
 
 
