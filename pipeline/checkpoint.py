@@ -15,10 +15,12 @@ and nothing is changed. Ranks in any number and under any strategy read what oth
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import json
 import pickle
+import re
 import shutil
 import warnings
 import zipfile
@@ -216,10 +218,11 @@ class Checkpointer:
         write_atomically(done.partial / "progress.json", json.dumps(progress, indent=1))
         done.partial.rename(self._place(done.progress))
         sync_directory(self._run.checkpoints)
-        for torn in self._run.checkpoints.glob("torn-*"):
-            shutil.rmtree(torn, ignore_errors=True)
-        for old in complete(self._run)[:-KEEP]:
-            shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
+        with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next one
+            for torn in self._run.checkpoints.glob("torn-*"):
+                shutil.rmtree(torn, ignore_errors=True)
+            for old in complete(self._run)[:-KEEP]:
+                shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
 
     def _tensors(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
@@ -275,7 +278,8 @@ class Checkpointer:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group)
         except dcp.CheckpointException as error:
             for rank, (cause, _) in error.failures.items():
-                if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                # All checksums were right: it is not the checkpoint that is to blame, and it must stay.
+                if not isinstance(cause, FileNotFoundError):
                     raise CheckpointError(_unreadable(path, cause, rank)) from None
             return _in_one_line(error)
         model_state, optimizer_state = tensors["model"], tensors["optimizer"]
@@ -311,7 +315,7 @@ class Checkpointer:
 def complete(run: RunDirectory) -> list[Path]:
     """The checkpoints of a run that were written to the end, oldest first."""
     try:
-        return sorted(path for path in run.checkpoints.iterdir() if path.name.startswith("step-"))
+        return sorted(path for path in run.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name))
     except FileNotFoundError:
         return []
 
@@ -439,10 +443,10 @@ def _set_aside(torn: dict[Path, str]) -> None:
         report(f"checkpoint at step {_step(path)} is damaged: {found}; passed over, now {aside.name}")
 
 
-def _unreadable(path: Path, error: OSError, rank: int | None = None) -> str:
+def _unreadable(path: Path, error: BaseException, rank: int | None = None) -> str:
     by = "" if rank is None else f" by rank {rank}"
     return (
-        f"{error.filename or path}: cannot be read{by} ({_in_one_line(error)}): "
+        f"{getattr(error, 'filename', None) or path}: cannot be read{by} ({_in_one_line(error)}): "
         f"nothing was changed; mend that, then run it again"
     )
 

@@ -34,7 +34,7 @@ from pipeline.store import AlreadyRunning, RunDirectory, home, python, report
 ATTEMPT_VARIABLE = "CRESCENDO_ATTEMPT"
 SUPERVISOR_VARIABLE = "CRESCENDO_SUPERVISOR"  # its process id, for the ranks
 PROGRESS_INTERVAL_S = 5.0
-SHUTDOWN_TIMEOUT_S = 10
+SHUTDOWN_TIMEOUT_S = 3  # between asking ranks to end and killing them
 # For the step at work and the checkpoint after it, when a signal asks for a stop.
 STOP_GRACE_S = float(os.environ.get("CRESCENDO_STOP_GRACE_S") or 120)
 WRONG_REQUEST = 2
@@ -287,6 +287,9 @@ def run_rank(config: Config, run: RunDirectory) -> NoReturn:
     rank = int(os.environ["RANK"])
     attempt = int(os.environ[ATTEMPT_VARIABLE])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # a stop is not an error worth a traceback
+    # The supervisor answers for all: where a scheduler signals every process of a job, ranks must live to
+    # save a checkpoint, and one that another's failure ends needs time to give a written one its name.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     run.logs.mkdir(parents=True, exist_ok=True)
     log = os.open(log_file(run, attempt, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,10 @@ from tests.disk import mounted
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("crescendo", deadline=None)
 settings.load_profile("crescendo")
+
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -36,14 +36,14 @@ class Momentum:
     saved: Mapping[str, torch.Tensor] = {}
 
     def __init__(self, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-        self._parameters, self._state = parameters, optimizer.state
+        self._parameters, self._optimizer = parameters, optimizer
 
     @property
     def known(self) -> bool:
-        return bool(self._state)
+        return bool(self._optimizer.state)
 
     def parts(self) -> list[torch.Tensor]:
-        return [local(self._state[parameter]["exp_avg"]) for parameter in self._parameters]
+        return [local(self._optimizer.state[parameter]["exp_avg"]) for parameter in self._parameters]
 
     def step_done(self) -> None:
         pass

@@ -591,6 +591,36 @@ def test_a_file_that_cannot_be_read_is_not_damage(name: str, home: Path):
     assert small.checkpoints.restore() == progress(2)
 
 
+def test_a_failure_while_loading_whole_files_is_not_damage(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """Memory may run out for a moment; the newest checkpoint must survive that."""
+    small = Small(home)
+    for step in (1, 2):
+        small.checkpoints.save(progress(step), wait=True)
+
+    def fail(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemReader, "read_data", fail)
+        with pytest.raises(
+            CheckpointError, match=r"step-00000002: cannot be read by rank 0 \(.*out of memory"
+        ):
+            small.checkpoints.restore()
+    assert steps_saved(small.run) == [1, 2]
+    assert small.checkpoints.restore() == progress(2)
+
+
+def test_a_copy_beside_the_checkpoints_is_none_of_them(home: Path):
+    small = Small(home)
+    small.checkpoints.save(progress(1), wait=True)
+    (first,) = checkpoint.complete(small.run)
+    copy = shutil.copytree(first, first.with_name(f"{first.name}-keep"))
+    for step in (2, 3):
+        small.checkpoints.save(progress(step), wait=True)
+    assert steps_saved(small.run) == [2, 3] and copy.exists()
+    assert small.checkpoints.restore() == progress(3)
+
+
 def test_a_directory_that_cannot_be_read_is_not_an_empty_one(home: Path):
     small = Small(home)
     small.run.path.mkdir()
