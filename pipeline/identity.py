@@ -59,9 +59,13 @@ def complete(config: Config) -> Config:
         config,
         data=dataclasses.replace(
             data,
-            # A job may start in another directory.
-            files=[os.path.abspath(os.path.expanduser(path)) for path in data.files],
-            tokenizer=data.tokenizer if data.tokenizer == "bytes" else os.path.abspath(data.tokenizer),
+            files=[_absolute(path) for path in data.files],
+            tokenizer=data.tokenizer if data.tokenizer == "bytes" else _absolute(data.tokenizer),
             fingerprint=data.fingerprint or fingerprint(data),
         ),
     )
+
+
+def _absolute(path: str) -> str:
+    """A job may start in another directory."""
+    return path if path.startswith("hf://") else os.path.abspath(os.path.expanduser(path))

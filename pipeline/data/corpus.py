@@ -3,11 +3,13 @@
     corpora/<key>/train.bin  validation.bin   tokens, 2 or 4 bytes each, documents one after another
                   report.json                 what was read, held out and skipped
     corpora/<key>.lock                        held by the process that builds it
-    corpora/.<key>.…/                         being built; worthless once its builder is gone
+    corpora/.<key>.partial/                   being built; the next builder goes on from its journal
 
 The key is a hash of everything that decides the tokens, so a directory never changes once it was renamed
 into place. Workers tokenise parts of about equal size into files of their own, which the builder appends in
 order as they come: the result does not depend on the number of workers, and it may be larger than memory.
+Every so often the files are brought to disk and the journal says how far they reach, with checksums: a
+builder that was killed, or lost its network, costs what it did since.
 """
 
 from __future__ import annotations
@@ -23,13 +25,14 @@ import signal
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +47,7 @@ FORMAT_VERSION = 1  # raise it when the same text and settings begin to give oth
 
 SPLITS = ("train", "validation")
 
+_JOURNAL_INTERVAL_S = 30.0
 _PART_BYTES = {"bytes": 2**26, "file": 2**23}  # of text per part: a second to a few of one core's work
 _EXAMPLES_PER_REASON = 10
 _BUFFER_BYTES = 2**20
@@ -222,22 +226,29 @@ def _build(
     data: DataConfig, found: str, tokenizer: str, directory: Path, say: Report, progress: bool
 ) -> Corpus:
     """Builds the corpus beside its place and renames it there. The caller holds the lock."""
-    for leftover in [*directory.parent.glob(f".{directory.name}.*"), directory]:
-        shutil.rmtree(leftover, ignore_errors=True)  # of a builder that died, or a damaged corpus
+    shutil.rmtree(directory, ignore_errors=True)  # a damaged corpus
     started = time.monotonic()
+    partial = directory.with_name(f".{directory.name}.partial")
+    partial.mkdir(exist_ok=True)
+    for leftover in partial.glob("parts-*"):  # of a builder that died
+        shutil.rmtree(leftover, ignore_errors=True)
     # a name of its own: a worker that outlives its dead builder by a moment writes nowhere that matters
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.{time.monotonic_ns()}")
-    partial.mkdir()
+    parts = partial / f"parts-{os.getpid()}-{time.monotonic_ns()}"
+    parts.mkdir()
     try:
-        job = _Job(partial, data.field, data.tokenizer, tokenizer, data.validation_fraction)
-        report = _tokenise(data, job, progress)
+        job = _Job(parts, data.field, data.tokenizer, tokenizer, data.validation_fraction)
+        report = _tokenise(data, job, partial, say, progress)
         if not report["documents"]:
             raise ConfigError(f"no document can be used: {_skipped(report)}", *report["examples"])
         report = {"fingerprint": found, "tokenizer": tokenizer, **report}
         _write_durably(partial / "report.json", json.dumps(report, indent=1) + "\n")
+        shutil.rmtree(parts)
+        (partial / _JOURNAL).unlink(missing_ok=True)
         os.rename(partial, directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(parts, ignore_errors=True)
+        if partial.exists() and not (partial / _JOURNAL).exists():
+            shutil.rmtree(partial)  # nothing to go on from
     say(
         f"corpus {directory.name}: {report['tokens']:,} tokens of {report['documents']:,} documents "
         f"({report['validation_documents']:,} held out) prepared in {time.monotonic() - started:.1f} s; "
@@ -255,44 +266,75 @@ def _skipped(report: dict[str, Any]) -> str:
     return f"skipped: {counts}"
 
 
-def _tokenise(data: DataConfig, job: _Job, progress: bool) -> dict[str, Any]:
-    """Writes train.bin and validation.bin in job.directory and returns the report."""
+def _tokenise(data: DataConfig, job: _Job, directory: Path, say: Report, progress: bool) -> dict[str, Any]:
+    """Writes train.bin and validation.bin in `directory`, the rest of them if the journal there says how far
+    they are, and returns the report."""
     part_bytes = _PART_BYTES["bytes" if data.tokenizer == "bytes" else "file"]
     parts = list(_grouped(pieces(data, part_bytes), part_bytes))
     tokenizer = load(job.tokenizer, job.tokenizer_content)
     workers = min(data.workers or _cores(), len(parts))
-    total_bytes = sum(piece.size_bytes for part in parts for piece in part)
-    totals = _Totals()
+    sizes = [sum(piece.size_bytes for piece in part) for part in parts]
+    journal = _Journal.read(directory, zlib.crc32(repr(sizes).encode()))
+    if journal.parts:
+        say(f"corpus: goes on after part {journal.parts} of {len(parts)}")
+    written, started = time.monotonic(), time.monotonic()
+    first = journal.parts
     with contextlib.ExitStack() as stack:
-        outputs = {split: stack.enter_context(open(job.directory / f"{split}.bin", "wb")) for split in SPLITS}
-        advance = stack.enter_context(_progress(total_bytes, progress))
-        for part in stack.enter_context(contextlib.closing(_run(job, parts, workers))):
+        outputs = {split: stack.enter_context(open(directory / f"{split}.bin", "ab")) for split in SPLITS}
+        advance = stack.enter_context(_progress(sum(sizes), progress))
+        advance(sum(sizes[:first]))
+        for part in stack.enter_context(contextlib.closing(_run(job, parts, workers, first))):
             for split, output in outputs.items():
                 with open(part.file(split), "rb") as file:
-                    shutil.copyfileobj(file, output, _BUFFER_BYTES)
+                    while block := file.read(_BUFFER_BYTES):
+                        output.write(block)
+                        journal.add(split, block)
                 part.file(split).unlink()
-            totals.add(part)
+            journal.totals.add(part)
+            journal.parts += 1
             advance(part.size_bytes)
-        for output in outputs.values():
-            output.flush()
-            os.fsync(output.fileno())
+            if time.monotonic() - written > _JOURNAL_INTERVAL_S:
+                written = time.monotonic()
+                _sync(outputs.values())
+                journal.write(directory)
+                done, rate = (
+                    sum(sizes[: journal.parts]),
+                    sum(sizes[first : journal.parts]) / (written - started),
+                )
+                say(
+                    f"corpus: part {journal.parts} of {len(parts)}, {rate / 1e6:.1f} MB/s, "
+                    f"about {(sum(sizes) - done) / rate / 60:.0f} min to go"
+                )
+        _sync(outputs.values())
     return {
-        **totals.report(),
+        **journal.totals.report(),
+        "crc32": journal.crc32,
         "vocab_size": tokenizer.vocab_size,
         "end_of_document": tokenizer.end_of_document,
         "dtype": token_type(tokenizer.vocab_size).str,
     }
 
 
+def _sync(files: Iterable[IO[bytes]]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
+
+
 class _Totals:
     """The counts of all parts, added in order."""
 
-    def __init__(self) -> None:
-        self._documents: Counter[str] = Counter()
-        self._tokens: Counter[str] = Counter()
-        self._records: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
-        self._examples: dict[str, list[str]] = {}
+    def __init__(self, tree: dict[str, Any] | None = None) -> None:
+        tree = tree or {}
+        self._documents = Counter(tree.get("documents", {}))
+        self._tokens = Counter(tree.get("tokens", {}))
+        self._records = Counter(tree.get("records", {}))
+        self._skipped = Counter(tree.get("skipped", {}))
+        self._examples: dict[str, list[str]] = tree.get("examples", {})
+
+    def tree(self) -> dict[str, Any]:
+        """What makes it anew, for JSON."""
+        return {name.removeprefix("_"): value for name, value in vars(self).items()}
 
     def add(self, part: _Part) -> None:
         for example in part.examples:
@@ -316,6 +358,52 @@ class _Totals:
         }
 
 
+_JOURNAL = "journal.json"
+
+
+@dataclass
+class _Journal:
+    """How far the files of a corpus that is being built reach."""
+
+    grouping: int  # a checksum of the parts that it counts
+    parts: int = 0
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    crc32: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    totals: _Totals = field(default_factory=_Totals)
+
+    @staticmethod
+    def read(directory: Path, grouping: int) -> _Journal:
+        """The journal there, with the files cut to what it vouches for; a new one if it does not hold."""
+        try:
+            tree = json.loads((directory / _JOURNAL).read_text(encoding="utf-8"))
+            journal = _Journal(**tree | {"totals": _Totals(tree["totals"])})
+            if journal.grouping == grouping and all(journal._holds(directory, split) for split in SPLITS):
+                for split in SPLITS:
+                    os.truncate(directory / f"{split}.bin", journal.sizes[split])
+                return journal
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # none, or torn
+        for name in (_JOURNAL, *(f"{split}.bin" for split in SPLITS)):
+            (directory / name).unlink(missing_ok=True)
+        return _Journal(grouping)
+
+    def _holds(self, directory: Path, split: str) -> bool:
+        left, found = self.sizes[split], 0
+        with open(directory / f"{split}.bin", "rb") as file:
+            while left and (block := file.read(min(left, _BUFFER_BYTES))):
+                found, left = zlib.crc32(block, found), left - len(block)
+        return left == 0 and found == self.crc32[split]
+
+    def add(self, split: str, block: bytes) -> None:
+        self.sizes[split] += len(block)
+        self.crc32[split] = zlib.crc32(block, self.crc32[split])
+
+    def write(self, directory: Path) -> None:
+        tree = {**vars(self), "totals": self.totals.tree()}
+        _write_durably(directory / f"{_JOURNAL}.new", json.dumps(tree))
+        os.replace(directory / f"{_JOURNAL}.new", directory / _JOURNAL)
+
+
 def _cores() -> int:
     """Those this process may use: a job often has fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -335,15 +423,16 @@ def _grouped(corpus: Iterable[Piece], part_bytes: int) -> Iterator[tuple[Piece, 
         yield tuple(group)
 
 
-def _run(job: _Job, parts: list[tuple[Piece, ...]], workers: int) -> Generator[_Part, None, None]:
-    """The finished parts in order, tokenised by so many processes (one: this one)."""
+def _run(job: _Job, parts: list[tuple[Piece, ...]], workers: int, first: int) -> Generator[_Part, None, None]:
+    """The parts from the `first` on, in order, tokenised by so many processes (one: this one)."""
+    todo = list(enumerate(parts))[first:]
     if workers == 1:
-        yield from (_tokenise_part(job, number, part) for number, part in enumerate(parts))
+        yield from (_tokenise_part(job, number, part) for number, part in todo)
         return
     # spawn: a forked worker would inherit this process's threads, and its lock beyond its death
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _follow_builder)
     try:
-        futures = [executor.submit(_tokenise_part, job, number, part) for number, part in enumerate(parts)]
+        futures = [executor.submit(_tokenise_part, job, number, part) for number, part in todo]
         for future in futures:
             yield future.result()
     except BrokenProcessPool as error:

@@ -8,6 +8,7 @@ import os
 import platform
 
 from pipeline.config import DataConfig
+from pipeline.data import hub
 from pipeline.data.sources import corpus_files
 from pipeline.data.tokenizers import content_id
 
@@ -18,8 +19,8 @@ def fingerprint(data: DataConfig) -> str:
     """Which tokens the corpus holds, without reading all of it and wherever its files lie.
 
     "stdlib-3.11.7", or "text-" and 16 hex digits of SHA-256 over the size, the first and the last 64 KiB of
-    each file in order; then "+" and 8 hex digits of the tokenizer's file, unless tokens are bytes. Raises
-    ConfigError when a file is missing.
+    each file in order (of a file on the Hub: its name, which holds its commit); then "+" and 8 hex digits of
+    the tokenizer's file, unless tokens are bytes. Raises ConfigError when a file is missing.
     """
     paths = [path for path, _ in corpus_files(data)]
     text = f"stdlib-{platform.python_version()}" if data.source == "stdlib" else _of_files(paths)
@@ -27,8 +28,14 @@ def fingerprint(data: DataConfig) -> str:
 
 
 def _of_files(paths: list[str]) -> str:
-    stats = [(path, os.stat(path)) for path in paths]
-    return _text_fingerprint(tuple((path, s.st_size, s.st_mtime_ns) for path, s in stats))
+    return _text_fingerprint(tuple((path, *_size_and_time(path)) for path in paths))
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    if hub.is_remote(path):
+        return 0, 0
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
 
 
 @functools.lru_cache(maxsize=64)
@@ -36,6 +43,9 @@ def _text_fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
     """Of (path, bytes, time of change in ns); the time only tells the cache that a file was written anew."""
     digest = hashlib.sha256()
     for path, size, _ in files:
+        if hub.is_remote(path):
+            digest.update(path.encode())
+            continue
         with open(path, "rb") as file:
             digest.update(size.to_bytes(8, "little"))
             digest.update(file.read(_FINGERPRINT_BYTES))

@@ -1,4 +1,4 @@
-"""Documents from the standard library or from text files, one at a time.
+"""Documents from the standard library or from text files, here or on the Hub, one at a time.
 
 A corpus is a list of pieces: whole files, byte ranges of a .jsonl, row groups of a .parquet. A piece can be
 read by any process without reading what comes before it, so pieces are the unit of parallel work; their order
@@ -11,6 +11,7 @@ it can be counted.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import importlib
@@ -22,12 +23,19 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from pipeline.config import ConfigError, DataConfig, nearest
+from pipeline.data import hub
 
 Format = Literal[".py", ".txt", ".jsonl", ".jsonl.gz", ".parquet"]
-TEXT_FORMATS: tuple[Format, ...] = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
+TEXT_FORMATS: dict[str, Format] = {  # by the ending of a file's name
+    ".txt": ".txt",
+    ".jsonl": ".jsonl",
+    ".jsonl.gz": ".jsonl.gz",
+    ".json.gz": ".jsonl.gz",  # as C4 calls it
+    ".parquet": ".parquet",
+}
 
 _PARQUET_BATCH_ROWS = 256
 
@@ -97,6 +105,8 @@ def _stdlib_files() -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
+    if hub.is_remote(pattern):
+        return hub.expand(pattern)
     pattern = os.path.expanduser(pattern)
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
@@ -108,9 +118,9 @@ def _matches(pattern: str) -> list[str]:
 def _format(path: str) -> Format:
     if os.path.isdir(path):
         raise ConfigError(f"data.files={path}: is a directory. Name its files, such as {path}/*.jsonl")
-    for ending in TEXT_FORMATS:
+    for ending, format in TEXT_FORMATS.items():
         if path.endswith(ending):
-            return ending
+            return format
     raise ConfigError(f"data.files={path}: unknown ending. Allowed: {', '.join(TEXT_FORMATS)}")
 
 
@@ -127,7 +137,7 @@ def pieces(data: DataConfig, piece_bytes: int) -> list[Piece]:
 
 
 def _pieces_of_file(path: str, format: Format, field: str, piece_bytes: int) -> list[Piece]:
-    size = os.path.getsize(path)
+    size = hub.size(path) if hub.is_remote(path) else os.path.getsize(path)
     if format == ".parquet":
         return _pieces_of_parquet(path, field)
     if format == ".jsonl" and size:
@@ -171,13 +181,14 @@ def documents(piece: Piece, field: str) -> Iterator[bytes | Skip]:
     One result per record (line, row or file), so counting them gives the place of each.
     Raises ConfigError for a file that cannot be decompressed or decoded at all.
     """
-    records = _READERS[piece.format](piece, field)
-    first = next(records, None)
-    if first is not None:
-        yield _checked(first)
-        yield from map(_checked, records)
-    elif piece.start == 0:
-        yield Skip("empty", "a file without records")
+    with hub.explained(piece.path) if hub.is_remote(piece.path) else contextlib.nullcontext():
+        records = _READERS[piece.format](piece, field)
+        first = next(records, None)
+        if first is not None:
+            yield _checked(first)
+            yield from map(_checked, records)
+        elif piece.start == 0:
+            yield Skip("empty", "a file without records")
 
 
 def _checked(record: bytes | Skip) -> bytes | Skip:
@@ -193,11 +204,12 @@ def _checked(record: bytes | Skip) -> bytes | Skip:
 
 
 def _read_whole(piece: Piece, field: str) -> Iterator[bytes | Skip]:
-    yield Path(piece.path).read_bytes()
+    with _open(piece.path) as file:
+        yield file.read()
 
 
 def _read_jsonl(piece: Piece, field: str) -> Iterator[bytes | Skip]:
-    with open(piece.path, "rb") as file:
+    with _open(piece.path) as file:
         position = 0
         if piece.start:
             file.seek(piece.start - 1)
@@ -210,7 +222,7 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[bytes | Skip]:
 
 def _read_jsonl_gz(piece: Piece, field: str) -> Iterator[bytes | Skip]:
     try:
-        with gzip.open(piece.path, "rb") as file:
+        with _open(piece.path) as compressed, gzip.open(compressed, "rb") as file:
             for line in file:
                 yield _field_of_line(line, field)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -252,7 +264,7 @@ def _read_parquet(piece: Piece, field: str) -> Iterator[bytes | Skip]:
 def _open_parquet(path: str) -> Any:
     parquet, arrow = require("pyarrow.parquet"), require("pyarrow")
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(hub.open_stream(path) if hub.is_remote(path) else path)
     except arrow.ArrowInvalid as error:
         raise ConfigError(f"data.files={path}: cannot be read as Parquet: {error}") from error
 
@@ -264,6 +276,10 @@ _READERS = {
     ".jsonl.gz": _read_jsonl_gz,
     ".parquet": _read_parquet,
 }
+
+
+def _open(path: str) -> IO[bytes]:
+    return hub.open_stream(path) if hub.is_remote(path) else open(path, "rb")
 
 
 def require(module: str) -> Any:

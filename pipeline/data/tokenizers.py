@@ -1,4 +1,4 @@
-"""Text to tokens: bytes, or a Hugging Face tokenizer.json."""
+"""Text to tokens: bytes, or a Hugging Face tokenizer.json, here or on the Hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import BYTE_VOCABULARY, ConfigError
+from pipeline.data import hub
 from pipeline.data.sources import require
 
 # What tokenizers call the end of a document, in the order in which we look for it
@@ -36,7 +37,10 @@ def token_type(vocab_size: int) -> np.dtype[Any]:
 
 
 def content_id(name: str) -> str:
-    """What `data.tokenizer` stands for, wherever its file lies: "bytes" or the hash of the file."""
+    """What `data.tokenizer` stands for, wherever its file lies: "bytes" or the hash of the file (of a file on
+    the Hub: of its name, which holds its commit)."""
+    if hub.is_remote(name):
+        return hashlib.sha256("".join(hub.expand(name, "data.tokenizer")).encode()).hexdigest()
     return name if name == "bytes" else hashlib.sha256(_read(name)).hexdigest()
 
 
@@ -47,6 +51,8 @@ def load(name: str, content: str) -> Tokenizer:
 
 
 def _read(name: str) -> bytes:
+    if hub.is_remote(name):
+        return hub.download(name).read_bytes()
     path = Path(name).expanduser()
     if path.is_dir():
         raise ConfigError(f"data.tokenizer={name}: is a directory. Nearest: {path / 'tokenizer.json'}")

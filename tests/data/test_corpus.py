@@ -322,7 +322,9 @@ def partial(corpora: Path) -> list[Path]:
 
 
 def parts_begun(corpora: Path) -> int:
-    return sum(path.name.endswith(".train") for directory in partial(corpora) for path in directory.iterdir())
+    return sum(
+        path.name.endswith(".train") for directory in partial(corpora) for path in directory.rglob("*")
+    )
 
 
 def test_processes_at_once_build_it_once(tmp_path: Path) -> None:

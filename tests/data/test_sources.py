@@ -60,7 +60,7 @@ def test_a_name_that_looks_like_a_glob_is_a_file_if_it_exists(tmp_path: Path) ->
     [
         ("*.jsonl", "matches no file"),
         ("missing.txt", "no such file"),
-        ("notes.md", r"unknown ending. Allowed: .txt, .jsonl, .jsonl.gz, .parquet"),
+        ("notes.md", r"unknown ending. Allowed: .txt, .jsonl, .jsonl.gz, .json.gz, .parquet"),
         (".", r"is a directory. Name its files"),
     ],
 )
