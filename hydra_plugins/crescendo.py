@@ -5,6 +5,7 @@ Hydra imports this module at every start, so it imports nothing that takes time.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,13 @@ def _launchers() -> list[str]:
 
 
 class ProductSweeper(BasicSweeper):
-    """Hydra's grammar for sweeps. Unlike its parent it composes nothing itself (the launcher composes every
-    point anyway) and writes no multirun.yaml (the manifest of the sweep holds more)."""
+    """Hydra's grammar for sweeps, on each of the `rows`: points that are no product, such as those of a
+    paper's table, "batch=constant batch.size=2048". Unlike its parent it composes nothing itself (the
+    launcher composes every point anyway) and writes no multirun.yaml (the sweep's manifest holds more)."""
 
-    def __init__(self, params: dict[str, str] | None = None) -> None:
+    def __init__(self, params: dict[str, str] | None = None, rows: list[str] | None = None) -> None:
         super().__init__(max_batch_size=None, params=params)
+        self._rows = [shlex.split(row) for row in rows or [""]]
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.hydra_context is not None and self.launcher is not None and self.config is not None
@@ -85,4 +88,11 @@ class ProductSweeper(BasicSweeper):
                     f"the options of a group, as in batch=glob(*)"
                 )
         (jobs,) = self.split_arguments(overrides, max_batch_size=None)
-        return self.launcher.launch(jobs, initial_job_idx=0)
+        points = [_joined(row, job) for row in self._rows for job in jobs]
+        return self.launcher.launch(points, initial_job_idx=0)
+
+
+def _joined(row: list[str], job: Sequence[str]) -> list[str]:
+    """What the command line says counts for every row."""
+    given = {override.partition("=")[0] for override in job}
+    return [*(override for override in row if override.partition("=")[0] not in given), *job]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,10 +68,15 @@ EXCUSES = {"done": "skipped", "running": "elsewhere, skipped", "invalid": "exclu
 def show_heading(console: Console, plan: Plan) -> None:
     """`sweep demo: 8 points = batch(4) × seed(2)`."""
     sizes = {axis: len({p.axes[axis] for p in plan.points if axis in p.axes}) for axis in plan.axes}
-    product = " × ".join(f"{axis}({size})" for axis, size in sizes.items())
+    whole = math.prod(sizes.values()) == len(plan.points) + plan.duplicates
+    shown = [f"{axis}({size})" for axis, size in sizes.items() if size > 1]
+    axes = (" × " if whole else ", ").join(shown)
     points = f"{len(plan.points)} point" + "s" * (len(plan.points) != 1)
     repeats = f", without {plan.duplicates} that repeat another" if plan.duplicates else ""
-    say(console, f"sweep {plan.name}: {points}" + (f" = {product}" if product else "") + repeats)
+    say(
+        console,
+        f"sweep {plan.name}: {points}" + (f" {'=' if whole else 'in'} {axes}" if axes else "") + repeats,
+    )
     if plan.common:
         say(console, "  all with " + " ".join(f"{key}={value}" for key, value in plan.common.items()))
 
@@ -106,7 +112,10 @@ def describe(config: Config) -> Work:
     """Batch sizes and optimizer steps: exact where no measurement decides, else the range it can take."""
     plan = config.batch_plan()
     if plan.sizes is None:
-        steps = [-(-config.budget_sequences // size) for size in (plan.largest, plan.first)]
+        steps = [
+            -(-config.trained_tokens // (size * config.data.sequence_length))
+            for size in (plan.largest, plan.first)
+        ]
         return Work(f"{plan.first}…{plan.largest} {config.batch.schedule}", f"{steps[0]}…{steps[1]}")
     sizes = plan.sizes
     whole = sizes[:-1] or sizes  # the last step, cut to the budget, is no size of its own
@@ -124,7 +133,16 @@ def _describe_all(points: Sequence[Point]) -> list[Work]:
         if config is None:
             works.append(Work(DASH, DASH))
             continue
-        key = repr((config.batch, config.budget_sequences, config.batch_multiple))
+        key = repr(
+            (
+                config.batch,
+                config.lr,
+                config.budget,
+                config.branch,
+                config.data.sequence_length,
+                config.batch_multiple,
+            )
+        )
         if key not in known:
             known[key] = describe(config)
         works.append(known[key])
@@ -145,7 +163,7 @@ class Rates:
 
     def seconds(self, config: Config) -> float | None:
         rates = self.matching(config)
-        return config.budget_tokens / statistics.median(rates) if rates else None
+        return config.trained_tokens / statistics.median(rates) if rates else None
 
 
 def _shape(config: Config) -> object:
@@ -161,7 +179,8 @@ def _finished_runs() -> list[tuple[Config, float]]:
         status, row = run.status(), run.last_row()
         if status and status.state == "DONE" and row and row["time"] > 0:
             with contextlib.suppress(ConfigError):  # frozen under an older schema
-                finished.append((run.config(), row["tokens"] / row["time"]))
+                config = run.config()
+                finished.append((config, (row["tokens"] - config.first_token) / row["time"]))
         if len(finished) == _RECENT_RUNS:
             break
     return finished
@@ -173,7 +192,7 @@ def _estimate(points: Sequence[Point], rates: Rates) -> list[str]:
     if not configs:
         return []
     seconds = [s for config in configs if (s := rates.seconds(config)) is not None]
-    tokens = count(sum(config.budget_tokens for config in configs))
+    tokens = count(sum(config.trained_tokens for config in configs))
     if not seconds:
         return [f"{tokens} tokens to train; no finished run here to estimate the time from."]
     at_a_time = min(configs[0].launch.max_parallel, len(configs))

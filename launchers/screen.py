@@ -67,7 +67,7 @@ def read_progress(point: Point, state: str, earlier: int = 0) -> Progress:
     """
     assert point.config
     status, row = point.directory.status(), point.directory.last_row()
-    budget = point.config.budget_tokens
+    budget = point.config.trained_tokens
     begun = status is not None and status.attempt > (earlier if state in ("waiting", "running") else 0)
     if status is None or not begun:
         return Progress(0, 0, budget)
@@ -76,15 +76,22 @@ def read_progress(point: Point, state: str, earlier: int = 0) -> Progress:
     end = time.time() if state == "running" else status.updated
     seconds = end - status.started if end and status.started else None
     if row is None:
-        return Progress(status.step, status.tokens_seen, budget, seconds=seconds, attempt=status.attempt)
+        return Progress(
+            status.step,
+            max(0, status.tokens_seen - point.config.first_token),
+            budget,
+            seconds=seconds,
+            attempt=status.attempt,
+        )
     done = state == "done" and row["time"] > 0
+    tokens = row["tokens"] - point.config.first_token  # of a branch its own
     return Progress(
         step=row["step"],
-        tokens=row["tokens"],
+        tokens=tokens,
         budget=budget,
         loss=row["train/loss"],
         batch=_whole_batch(row, point.config) if done else row["batch/size"],
-        tokens_per_s=row["tokens"] / row["time"] if done else row["throughput/tokens_per_s"],
+        tokens_per_s=tokens / row["time"] if done else row["throughput/tokens_per_s"],
         seconds=seconds,
         attempt=status.attempt,
     )
@@ -106,7 +113,8 @@ def tokens_at_begin(point: Point, attempt: int) -> int | None:
     if first is None:
         return None
     # The row of an evaluation stands where the attempt began, that of a step one step further.
-    return int(first["tokens"] - first.get("batch/size", 0) * point.config.data.sequence_length)
+    begun = first["tokens"] - first.get("batch/size", 0) * point.config.data.sequence_length
+    return int(begun - point.config.first_token)
 
 
 class View:

@@ -27,7 +27,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,11 +43,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from pipeline.batch._interface import Decision, State
 from pipeline.config import ConfigError
+from pipeline.optim._batch_scaling import Noise
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import MetricsWriter, RunDirectory, report, sync_directory, write_atomically
 
-KEEP = 2
-CHECKPOINT_SCHEMA = 2  # raise it when what a checkpoint holds begins to mean something else
+CHECKPOINT_SCHEMA = 3  # raise it when what a checkpoint holds begins to mean something else
 SAVE_TIMEOUT = timedelta(minutes=30)
 LAST_MOMENT_S = 20.0  # for the outstanding checkpoint of a run that ends with an error
 
@@ -76,13 +76,15 @@ class Progress:
     step: int = 0
     sequences: int = 0
     time: float = 0.0  # seconds of training, summed over attempts
+    noise: Noise = field(default_factory=Noise)  # of the gradient, as lr.batch_scaling has seen it
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> Progress:
         values = {field.name: tree[field.name] for field in dataclasses.fields(Progress)}
-        return Progress(
-            **values | {"schedule": State(**tree["schedule"]), "next_batch": Decision(**tree["next_batch"])}
-        )
+        values["schedule"] = State.from_tree(tree["schedule"])
+        values["next_batch"] = Decision(**tree["next_batch"])
+        values["noise"] = Noise(**tree["noise"])
+        return Progress(**values)
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ class Checkpointer:
         captured: Mapping[str, torch.Tensor],
         record: MetricsWriter | None,
         settings: Mapping[str, Any],
+        keep: int = 2,
     ) -> None:
+        self._keep = keep  # the newest so many
         self._run, self._ranks, self._model, self._optimizer = run, ranks, model, optimizer
         self._captured = captured  # what the gradient statistics remember, by parameter name
         self._record = record  # rank 0's
@@ -221,7 +225,7 @@ class Checkpointer:
         with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next one
             for torn in self._run.checkpoints.glob("torn-*"):
                 shutil.rmtree(torn, ignore_errors=True)
-            for old in complete(self._run)[:-KEEP]:
+            for old in complete(self._run)[: -self._keep]:
                 shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
 
     def _tensors(self) -> dict[str, Any]:
@@ -252,7 +256,7 @@ class Checkpointer:
             if found := self._first_found(self._look, path) or self._first_found(self._load, path):
                 torn[path] = found
                 continue
-            progress = Progress.from_tree(self._together(_read_progress, path)[0])
+            progress = Progress.from_tree(self._together(read_progress, path)[0])
             if self._ranks.is_main:
                 _set_aside(torn)
             return progress
@@ -264,6 +268,29 @@ class Checkpointer:
             )
         return None
 
+    def branch(self, tokens: int, parent: RunDirectory) -> Progress:
+        """Loads the checkpoint of another run after so many tokens; its schedule and statistics stay there.
+
+        Raises ConfigError when there is none or it is another model's.
+        """
+        kept = self._together(lambda _: by_tokens(parent), parent.checkpoints)[0]
+        path = kept.get(tokens)
+        if path is None:
+            raise ConfigError(
+                f"branch.tokens={tokens}: run {parent.id} has no checkpoint there; it has "
+                f"{', '.join(map(str, sorted(kept))) or 'none'}. checkpoint.keep says how many stay"
+            )
+        if found := self._first_found(self._look, path) or self._first_found(self._load_parent, path):
+            raise ConfigError(f"{path}: is damaged: {found}")
+        return Progress.from_tree(self._together(read_progress, path)[0])
+
+    def _load_parent(self, path: Path) -> str | None:
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        found = self._load(path, captured=False)
+        for group, settings in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(settings)  # the branch's weight decay, not its parent's
+        return found
+
     def _look(self, path: Path) -> str | None:
         """The damage in this rank's share of a checkpoint. Raises ConfigError for another model's."""
         found = damage(path, self._ranks.rank, self._ranks.world_size)
@@ -271,9 +298,11 @@ class Checkpointer:
             _check_same_settings(path, self._settings)
         return found
 
-    def _load(self, path: Path) -> str | None:
+    def _load(self, path: Path, captured: bool = True) -> str | None:
         """What is wrong with a checkpoint that cannot be loaded."""
         tensors = self._tensors()
+        if not captured:
+            tensors.pop("captured", None)
         try:
             dcp.load(tensors, checkpoint_id=path, process_group=self._group)
         except dcp.CheckpointException as error:
@@ -320,6 +349,15 @@ def complete(run: RunDirectory) -> list[Path]:
         return []
 
 
+def by_tokens(run: RunDirectory) -> dict[int, Path]:
+    """The readable checkpoints of a run by the tokens seen there."""
+    length, found = run.config().data.sequence_length, {}
+    for path in complete(run):
+        with contextlib.suppress(_Damaged, FileNotFoundError):  # the latter: its run has pruned it meanwhile
+            found[read_progress(path)["sequences"] * length] = path
+    return found
+
+
 def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     """What has become of a checkpoint since it was complete; None: it is whole.
 
@@ -327,7 +365,7 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     torch that cannot read it, OSError when a file is there but cannot be read.
     """
     try:
-        progress = _read_progress(path)
+        progress = read_progress(path)
         data = (path / ".metadata").read_bytes()
         if zlib.crc32(data) != progress["metadata_crc32"]:
             return ".metadata is not what was written"
@@ -365,7 +403,7 @@ def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     raise ConfigError(f"{run.checkpoints}: holds no whole checkpoint, so there are no weights to read")
 
 
-def _read_progress(path: Path) -> dict[str, Any]:
+def read_progress(path: Path) -> dict[str, Any]:
     """Raises _Damaged, and ConfigError for another schema."""
     try:
         tree = json.loads((path / "progress.json").read_text(encoding="utf-8"))
@@ -421,7 +459,7 @@ def _saved_parameters(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _check_same_settings(path: Path, here: dict[str, Any]) -> None:
-    there = _read_progress(path)["settings"]
+    there = read_progress(path)["settings"]
     differences = [
         f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
         for key in sorted(here.keys() | there.keys())

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from omegaconf import DictConfig, OmegaConf
 
 import pipeline.batch as batch_schedules
+import pipeline.optim as optimizers
 import pipeline.parallel as strategies
 from pipeline.batch import BatchPlan
 
@@ -25,7 +26,9 @@ Tokens = Annotated[int, "tokens"]  # accepts 300k, 2M, 1.5B
 PositiveTokens = Annotated[int, "tokens", Positive]
 PositiveInt = Annotated[int, Positive]
 PositiveFloat = Annotated[float, Positive]
+AboveOne = "above 1"
 Rest = "-1: the rest"
+Factor = Annotated[float, AboveOne]
 MeshSize = Annotated[int, Positive, Rest]
 
 BYTE_VOCABULARY = 257  # 256 bytes and the end-of-document token
@@ -42,6 +45,13 @@ class ConfigError(ValueError):
 @dataclass(frozen=True)
 class BudgetConfig:
     tokens: PositiveTokens
+    stop_tokens: PositiveTokens | None
+
+
+@dataclass(frozen=True)
+class BranchConfig:
+    run: str | None
+    tokens: Tokens
 
 
 @dataclass(frozen=True)
@@ -118,13 +128,25 @@ class BatchConfig:
     round_to: PositiveInt | None
     sizes: list[int] | None
     fractions: list[float] | None
+    ramp_tokens: PositiveTokens | None
+    measured_tokens: list[Tokens] | None
+    measured_sizes: list[float] | None
     eta: PositiveFloat
+    theta: PositiveFloat | None
+    nu: PositiveFloat | None
+    epsilon: PositiveFloat | None
+    c: PositiveFloat
+    share: float
     estimator: Literal["microbatch", "worker", "paper"]
+    direction: Literal["momentum", "previous", "in_sample"]
+    norm: Literal["l2", "l1"]
     measured_units: PositiveInt | None
     signal: Literal["plain", "debiased"]
     interval: PositiveInt
+    start_tokens: Tokens
     ema: float
-    growth_cap: float
+    confirmations: PositiveInt
+    growth_cap: Factor
     hold_tokens: Tokens
     monotone: bool
 
@@ -136,10 +158,11 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw"]
+    name: str
     lr: PositiveFloat
     weight_decay: float
     betas: list[float]
+    momentum: float
     eps: PositiveFloat
     clip: PositiveFloat | None
 
@@ -151,7 +174,8 @@ class LearningRateConfig:
     warmup_steps: int | None
     min_ratio: float
     decay_fraction: float
-    batch_scaling: Literal["none", "sqrt", "linear"]
+    cut_factor: Factor | None
+    batch_scaling: Literal["none", "sqrt", "linear", "adascale"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +188,7 @@ class EvalConfig:
 class CheckpointConfig:
     interval_tokens: PositiveTokens | None
     interval_minutes: PositiveFloat | None
+    keep: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -195,6 +220,7 @@ class SweepConfig:
 class Config:
     seed: int
     budget: BudgetConfig
+    branch: BranchConfig
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig
@@ -209,14 +235,40 @@ class Config:
     sweep: SweepConfig
 
     @property
-    def budget_sequences(self) -> int:
-        """Sequences of the whole run: the last whole one inside the token budget."""
+    def planned_sequences(self) -> int:
+        """What schedules of the batch and of the rate are stretched over, wherever the run stops."""
         return self.budget.tokens // self.data.sequence_length
 
     @property
+    def planned_tokens(self) -> int:
+        return self.planned_sequences * self.data.sequence_length
+
+    @property
+    def budget_sequences(self) -> int:
+        """Where the run ends: the last whole sequence inside the token budget, or where it is to stop."""
+        return (
+            min(self.budget.tokens, self.budget.stop_tokens or self.budget.tokens)
+            // self.data.sequence_length
+        )
+
+    @property
     def budget_tokens(self) -> int:
-        """Tokens the run trains on, at most `budget.tokens`."""
+        """Tokens seen when the run ends, at most `budget.tokens`."""
         return self.budget_sequences * self.data.sequence_length
+
+    @property
+    def first_sequence(self) -> int:
+        """Of the stream, that the run reads: not 0 where it branches off another."""
+        return self.branch.tokens // self.data.sequence_length
+
+    @property
+    def first_token(self) -> int:
+        return self.first_sequence * self.data.sequence_length
+
+    @property
+    def trained_tokens(self) -> int:
+        """What the run itself trains on."""
+        return self.budget_tokens - self.first_token
 
     @property
     def batch_unit(self) -> int:
@@ -325,6 +377,8 @@ def _value(hint: Any, value: Any) -> Any:
         if Positive in arguments and number <= 0 and not (Rest in arguments and number == -1):
             rest = ", or -1 for the rest of the ranks" if Rest in arguments else ""
             raise ValueError(f"must be above 0{rest}")
+        if AboveOne in arguments and number <= 1:
+            raise ValueError("must be above 1")
         return number
     if origin in (Union, types.UnionType):
         return None if value is None else _value(arguments[0], value)
@@ -335,7 +389,8 @@ def _value(hint: Any, value: Any) -> Any:
         raise ValueError(f"one of {', '.join(arguments)}" + (f". Did you mean {hit}?" if hit else ""))
     if origin is list:
         if isinstance(value, str) or not isinstance(value, Sequence):
-            raise ValueError(f"a list of {_NAMES[arguments[0]][1]} is needed, such as [a, b]")
+            kind = "counts of tokens" if get_origin(arguments[0]) else _NAMES[arguments[0]][1]
+            raise ValueError(f"a list of {kind} is needed, such as [a, b]")
         return [_value(arguments[0], item) for item in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -414,6 +469,8 @@ def _show(value: object) -> str:
 
 def check(config: Config) -> None:
     """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
+    if unknown := _one_of("optim.name", config.optim.name, optimizers.names()):
+        raise ConfigError(*unknown)  # what fits depends on what the optimizer does
     problems = [
         *check_mesh(config),
         *_check_data(config),
@@ -521,8 +578,6 @@ def _check_batch(config: Config) -> list[str]:
         problems += _divides("ranks × data.micro_batch", unit, "batch.round_to", batch.round_to)
     if not 0 <= batch.ema < 1:
         problems.append(f"batch.ema={batch.ema}: must be at least 0 and below 1")
-    if batch.growth_cap <= 1:
-        problems.append(f"batch.growth_cap={batch.growth_cap}: must be above 1")
     if unknown := _one_of("batch.schedule", batch.schedule, batch_schedules.names()):
         return problems + unknown
     schedule = batch_schedules.schedule_class(batch.schedule)
@@ -532,11 +587,15 @@ def _check_batch(config: Config) -> list[str]:
             f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
         )
     problems += schedule.check(config)
-    if not problems and config.budget_sequences < (first := schedule(config).start()[1].size):
-        length = config.data.sequence_length
+    if not problems and config.trained_tokens < (first := schedule(config).start()[1].size) * (
+        length := config.data.sequence_length
+    ):
+        budget, branch = config.budget, config.branch
+        key = "budget.tokens" if budget.stop_tokens is None else "budget.stop_tokens"
+        after = f" after branch.tokens={branch.tokens}" if branch.tokens else ""
         problems.append(
-            f"budget.tokens={config.budget.tokens}: less than one batch (the first is {first} sequences × "
-            f"data.sequence_length={length} = {first * length} tokens)"
+            f"{key}={budget.stop_tokens or budget.tokens}: less than one batch{after} (the first is {first} "
+            f"sequences × data.sequence_length={length} = {first * length} tokens)"
         )
     return problems
 
@@ -558,6 +617,21 @@ def _check_optimisation(config: Config) -> list[str]:
         problems.append(f"lr.min_ratio={lr.min_ratio}: must lie between 0 and 1")
     if not 0 < lr.decay_fraction <= 1:
         problems.append(f"lr.decay_fraction={lr.decay_fraction}: must be above 0 and at most 1")
+    stop = config.budget.stop_tokens
+    if stop is not None and stop > config.budget.tokens:
+        problems.append(f"budget.stop_tokens={stop}: beyond budget.tokens={config.budget.tokens}")
+    if (config.branch.run is None) != (config.branch.tokens == 0):
+        problems.append(
+            f"branch.run={_show(config.branch.run)} branch.tokens={config.branch.tokens}: a branch needs "
+            f"both, the run and the tokens of its checkpoint"
+        )
+    if not 0 <= optim.momentum < 1:
+        problems.append(f"optim.momentum={optim.momentum}: must be at least 0 and below 1")
+    if lr.batch_scaling not in (defined := optimizers.batch_scalings(optim.name)):
+        problems.append(
+            f"lr.batch_scaling={lr.batch_scaling}: is not defined for optim={optim.name}, which has "
+            f"{' and '.join(defined)}"
+        )
     if len(optim.betas) != 2 or not all(0 <= beta < 1 for beta in optim.betas):
         problems.append(f"optim.betas={optim.betas}: two numbers, each at least 0 and below 1")
     if optim.weight_decay < 0:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pipeline import optim
 from pipeline.batch import schedule_class
 from pipeline.batch._interface import Decision, StepDone
 from pipeline.checkpoint import Checkpointer, Progress
@@ -22,8 +23,8 @@ from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.model.llama import Llama, loss_sum
-from pipeline.optim import adamw
-from pipeline.optim.learning_rate import learning_rate
+from pipeline.optim._batch_scaling import BatchScaling
+from pipeline.optim._learning_rate import learning_rate
 from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import MetricsWriter, Row, RunDirectory, home, report
@@ -32,6 +33,20 @@ from pipeline.track import Tracker
 
 STATUS_INTERVAL_S = 0.5
 STOP_INTERVAL_S = 1.0  # between looks whether the run is to stop
+
+
+def not_continued(config: Config, parent: Config) -> list[str]:
+    """What a branch must have in common with the run that it branches off: its stream and its moments."""
+    return [
+        f"{key}={here} (there {there})"
+        for key, here, there in (
+            ("data.sequence_length", config.data.sequence_length, parent.data.sequence_length),
+            ("data.seed", config.data.seed, parent.data.seed),
+            ("data.fingerprint", config.data.fingerprint, parent.data.fingerprint),
+            ("optim.name", config.optim.name, parent.optim.name),
+        )
+        if here != there and None not in (here, there)
+    ]
 
 
 class TrainingFailed(RuntimeError):
@@ -79,14 +94,15 @@ class Trainer:
         with torch.device("meta"):
             model = Llama(config.model)
         self.model: nn.Module = self.strategy.apply(model)
-        self.optimizer = adamw.build(self.model, config.optim)
+        self.optimizer = optim.build(self.model, config.optim)
         self.parameters = list(self.model.parameters())
         self.squared_norm = SquaredNorm(self.parameters, ranks.world_size, self.device)
 
         self.schedule = schedule_class(config.batch.schedule)(config)
+        self.batch_scaling = BatchScaling(config)
         self.capture: Capture | None = None
-        if self.schedule.needs:
-            self.capture = capture_for(self.schedule.needs, self.model, self.optimizer, ranks)
+        if needs := self.schedule.needs or self.batch_scaling.needs:
+            self.capture = capture_for(needs, self.model, self.optimizer, ranks)
         state, first = self.schedule.start()
         self.progress = Progress(state, first, first.size)
         self.tokens_before = 0  # tokens seen before the step just done
@@ -97,7 +113,14 @@ class Trainer:
         captured = self.capture.saved if self.capture else {}
         model_settings = {f"model.{k}": v for k, v in to_tree(config.model).items() if k != "name"}
         self.checkpoints = Checkpointer(
-            run, ranks, self.model, self.optimizer, captured, self.metrics, model_settings
+            run,
+            ranks,
+            self.model,
+            self.optimizer,
+            captured,
+            self.metrics,
+            model_settings,
+            config.checkpoint.keep,
         )
         self.stop_agreed = self.save_agreed = False  # by all ranks, in the step just done
         self.resumed_at = time.perf_counter()  # training time runs from here
@@ -129,14 +152,16 @@ class Trainer:
     def step(self) -> None:
         progress, decision = self.progress, self.progress.next_batch
         size = min(decision.size, self.config.budget_sequences - progress.sequences)
-        measured = self._measured(size)
+        tested = self.schedule.wants_statistics(progress.schedule, progress.step + 1, self.tokens)
+        measured = self._capture_of(size) if tested or self.batch_scaling.needs else None
         loss, statistics, squared_norm = self._gradient(progress.sequences, size, measured)
+        factor = self.batch_scaling.factor(decision.size, progress.first_batch, progress.noise)
         rate = learning_rate(
             self.config,
             step=progress.step + 1,
-            tokens=self.tokens + size * self.length / 2,
-            batch=decision.size,
-            first_batch=progress.first_batch,
+            start=self.tokens,
+            step_tokens=size * self.length,
+            batch_factor=factor,
         )
         finite = math.isfinite(loss) and math.isfinite(squared_norm)
         if finite:
@@ -145,12 +170,13 @@ class Trainer:
         self.tokens_before = self.tokens
         progress.step += 1
         progress.sequences += size
-        self._decide(size, statistics)
+        self._decide(size, statistics, tested)
         now = time.perf_counter()
         seconds, self.resumed_at = now - self.resumed_at, now
         progress.time += seconds
         if self.ranks.is_main:
-            self._log(self._train_row(loss, squared_norm, rate, size, seconds, decision, statistics))
+            row = self._train_row(loss, squared_norm, rate, size, seconds, decision, statistics)
+            self._log({**row, "lr/batch_factor": factor})
         if not finite:
             raise TrainingFailed(
                 f"step {progress.step}: training loss {loss}, squared gradient norm {squared_norm}; "
@@ -158,11 +184,10 @@ class Trainer:
                 f"a warmup too short, or no clipping (optim.clip={self.config.optim.clip})"
             )
 
-    def _measured(self, size: int) -> Capture | None:
-        """The capture if this step is to be measured. The last one is not: it has nothing to decide."""
+    def _capture_of(self, size: int) -> Capture | None:
+        """What measures the step, unless it is the last one, which has nothing to decide."""
         last = self.progress.sequences + size >= self.config.budget_sequences
-        wanted = self.schedule.wants_statistics(self.progress.schedule, self.progress.step + 1)
-        return self.capture if wanted and not last else None
+        return None if last else self.capture
 
     def _gradient(
         self, first: int, size: int, capture: Capture | None
@@ -259,15 +284,19 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.step()
 
-    def _decide(self, size: int, statistics: GradientStatistics | None) -> None:
-        """The next batch. Without statistics it follows from the tokens alone, the same on every rank; with
-        them rank 0's arithmetic counts, lest ranks disagree on how many micro-batches come next."""
+    def _decide(self, size: int, statistics: GradientStatistics | None, tested: bool) -> None:
+        """The next batch, and what the learning rate will make of it. Without statistics both follow from the
+        tokens alone, the same on every rank; with them rank 0's arithmetic counts, lest ranks disagree on how
+        many micro-batches come next."""
         progress = self.progress
         done = StepDone(progress.step, self.tokens, progress.sequences, size)
-        decided = self.schedule.decide(progress.schedule, done, statistics)
+        decided = self.schedule.decide(progress.schedule, done, statistics if tested else None)
+        noise = progress.noise
         if statistics is not None:
-            decided = self.ranks.from_main(decided)
+            noise = self.batch_scaling.observe(noise, statistics, size, progress.first_batch)
+            *decided, noise = self.ranks.from_main((*decided, noise))
         progress.schedule, progress.next_batch = decided
+        progress.noise = noise
 
     # --- evaluation, checkpoints, the record
 
@@ -304,13 +333,29 @@ class Trainer:
             self.resumed_at = time.perf_counter()
 
     def resume(self) -> None:
-        """Goes on from the newest checkpoint, or starts at the beginning."""
+        """Goes on from the newest checkpoint, or starts at the beginning, or where it branches off."""
         if saved := self.checkpoints.restore():
             self.progress = saved
             if self.ranks.is_main:
                 report(f"resumed at step {self.progress.step}, {self.tokens} tokens")
+        elif self.config.branch.run:
+            self._branch(RunDirectory.find(self.config.branch.run))
         self.stop_agreed = self.ranks.from_main(self.run.stop_requested())
         self.resumed_at, self.saved_at = time.perf_counter(), time.monotonic()
+
+    def _branch(self, parent: RunDirectory) -> None:
+        """Takes weights, moments and the place in the stream from another run. What lr.batch_scaling makes of
+        the batch is relative to the batch there."""
+        if differences := not_continued(self.config, parent.config()):
+            raise ConfigError(f"branch.run={parent.id}: cannot be continued with {'; '.join(differences)}")
+        saved = self.checkpoints.branch(self.config.branch.tokens, parent)
+        self.progress.step, self.progress.sequences = saved.step, saved.sequences
+        self.progress.first_batch = saved.next_batch.size
+        here = StepDone(saved.step, self.tokens, saved.sequences, 0)
+        decided = self.schedule.decide(self.progress.schedule, here, None)
+        self.progress.schedule, self.progress.next_batch = decided
+        if self.ranks.is_main:
+            report(f"branched off {parent.id} at step {saved.step}, {self.tokens} tokens")
 
     def _clock(self) -> Row:
         progress = self.progress

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pipeline.batch._interface import Decision, Needs, State, StepDone, round_up
+from pipeline.batch._caps import cap_below_start, first_batch, largest_below
+from pipeline.batch._interface import Decision, Needs, Reason, State, StepDone, round_up
 from pipeline.parallel import strategy_class
 
 if TYPE_CHECKING:
-    from pipeline.config import Config
+    from pipeline.config import BatchConfig, Config
     from pipeline.gradients.statistics import GradientStatistics
 
 GUARDS = frozenset(
@@ -18,10 +19,11 @@ GUARDS = frozenset(
         "size",
         "max_size",
         "round_to",
-        "estimator",
         "measured_units",
         "interval",
+        "start_tokens",
         "ema",
+        "confirmations",
         "growth_cap",
         "hold_tokens",
         "monotone",
@@ -30,113 +32,164 @@ GUARDS = frozenset(
 
 
 class Adaptive:
-    """Turns a demanded batch size into decisions. A schedule says which ratio it demands.
+    """Turns a demanded batch size into decisions. A schedule says what it measures and what that demands.
 
-    Numerator and denominator are averaged apart, because the ratio of two noisy numbers is biased and the
-    debiased |G|² of one step is often not positive; the ratio is formed of the averages.
+    What is measured in single steps is averaged before anything is divided: the ratio of two noisy numbers
+    is biased, and the debiased |G|² of one step is often not positive.
     """
 
     settings = GUARDS
+    compares_by: ClassVar[Literal["estimator", "direction", "schedule"]] = "estimator"
+    """The setting of the batch group that says whose gradients are compared."""
 
     def __init__(self, config: Config) -> None:
         self.batch = config.batch
-        if self.batch.estimator == "microbatch":
-            self.needs = Needs("microbatch", self.batch.measured_units)
-        else:
-            self.needs = Needs("worker")
+        self.needs = self.needs_of(config.batch)
         self.multiple = config.batch_multiple
-        self.first = round_up(self.batch.size, self.multiple)
-        # The cap must itself be a multiple: the largest one that does not exceed max_size.
-        self.largest = (self.batch.max_size or self.first) // self.multiple * self.multiple
+        self.first, self.largest = first_batch(config), largest_below(config)
 
-    @staticmethod
-    def check(config: Config) -> list[str]:
-        batch, micro = config.batch, config.data.micro_batch
-        problems = []
+    @classmethod
+    def needs_of(cls, batch: BatchConfig) -> Needs:
+        if batch.estimator == "microbatch":
+            return Needs("microbatch", batch.measured_units)
+        return Needs("worker")
+
+    @classmethod
+    def check(cls, config: Config) -> list[str]:
+        batch, problems = config.batch, cap_below_start(config)
         if batch.max_size is None:
             problems.append(
                 f"batch.max_size=null: batch.schedule={batch.schedule} needs a cap. "
                 f"A usual choice: {16 * batch.size}"
             )
-        elif batch.max_size < (first := round_up(batch.size, config.batch_multiple)):
+        needs = cls.needs_of(batch)
+        if needs.direction and needs.measured_units == 1:
             problems.append(
-                f"batch.max_size={batch.max_size}: below the first batch, batch.size={batch.size} rounded up "
-                f"to a multiple of {config.batch_multiple}. Nearest: {first}"
+                f"batch.measured_units=1: the variance along batch.direction={batch.direction} needs two "
+                f"micro-batches. Nearest: 2"
             )
-        if batch.estimator == "microbatch" and round_up(batch.size, config.batch_multiple) < 2 * micro:
-            problems.append(
-                f"batch.size={batch.size}: the variance needs two micro-batches of "
-                f"data.micro_batch={micro}. Nearest batch.size: {2 * micro}; "
-                f"or data.micro_batch={max(1, batch.size // 2)}"
-            )
-        parallel = config.parallel
-        if batch.estimator != "microbatch" and not strategy_class(parallel.strategy).shows_workers(parallel):
+        if needs.units == "microbatch":
+            problems += _check_two_micro_batches(config)
+        else:
+            problems += cls._check_workers(config)
+        return problems
+
+    @classmethod
+    def _check_workers(cls, config: Config) -> list[str]:
+        batch, parallel, problems = config.batch, config.parallel, []
+        by = "norm" if batch.schedule == "noise_scale" and batch.norm == "l1" else cls.compares_by
+        chosen = f"batch.{by}={getattr(batch, by)}"
+        if not strategy_class(parallel.strategy).shows_workers(parallel):
             axes = ", ".join(f"{axis} {n}" for axis, n in parallel.mesh.items())
+            others = {
+                "estimator": "microbatch",
+                "direction": "momentum",
+                "norm": "l2",
+                "schedule": "norm_test",
+            }
             problems.append(
-                f"batch.estimator={batch.estimator}: compares the gradients of data-parallel ranks, which "
-                f"parallel={parallel.strategy} ({axes}) does not show. Use batch.estimator=microbatch, "
-                f"parallel=ddp, or a parallel.shard of at least 2"
+                f"{chosen}: compares the gradients of data-parallel ranks, which "
+                f"parallel={parallel.strategy} ({axes}) does not show. Use parallel=ddp, a parallel.shard of "
+                f"at least 2, or batch.{by}={others[by]}"
             )
-        if batch.estimator != "microbatch" and batch.measured_units is not None:
+        if batch.measured_units is not None:
             problems.append(
-                f"batch.measured_units={batch.measured_units}: counts micro-batches; "
-                f"batch.estimator={batch.estimator} needs it to be null"
+                f"batch.measured_units={batch.measured_units}: counts micro-batches; {chosen} needs it to "
+                f"be null"
             )
         return problems
 
-    def terms(self, statistics: GradientStatistics) -> tuple[float, float]:
-        """Numerator and denominator whose averages give the demanded batch."""
+    def terms(self, statistics: GradientStatistics) -> tuple[float, ...]:
+        """What is averaged, of one step. NaN: not measurable in this one."""
         raise NotImplementedError
+
+    def demand(self, averages: tuple[float, ...]) -> float:
+        """The batch in sequences that the averaged terms ask for."""
+        raise NotImplementedError
+
+    def extra_log(self, averages: tuple[float, ...], batch: int) -> dict[str, float]:
+        """What is logged beside the demand, after a step with this batch."""
+        return {}
 
     def start(self) -> tuple[State, Decision]:
         return State(self.batch.size), Decision(self.first, self.batch.size, "scheduled", {})
 
-    def wants_statistics(self, state: State, step: int) -> bool:
+    def wants_statistics(self, state: State, step: int, tokens: int) -> bool:
         # Nothing is left to decide once a batch that never shrinks has reached its cap.
         if self.batch.monotone and state.requested >= self.largest:
             return False
-        return step % self.batch.interval == 0
+        return step % self.batch.interval == 0 and tokens >= self.batch.start_tokens
 
     def decide(
         self, state: State, done: StepDone, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
-        numerator, denominator = self.terms(statistics) if statistics else (math.nan, math.nan)
-        if math.isnan(numerator) or math.isnan(denominator):
+        terms = self.terms(statistics) if statistics else (math.nan,)
+        if any(math.isnan(term) for term in terms):
             return state, self._decision(state.requested, "unmeasured", {})
-        ema = self.batch.ema
-        state = replace(
-            state,
-            tests=state.tests + 1,
-            numerator=ema * state.numerator + (1 - ema) * numerator,
-            denominator=ema * state.denominator + (1 - ema) * denominator,
-        )
-        # Both averages started at 0 and share one correction, so their ratio needs none.
-        demanded = _ratio(state.numerator, state.denominator)
+        state = self._averaged(state, terms)
+        # Averages that started at 0 share one correction.
+        started = 1 - self.batch.ema**state.tests
+        averages = tuple(average / started for average in state.averages)
+        demanded = self.demand(averages)
         log = {"test/statistic": demanded, "test/threshold": float(done.batch)}
-        requested, reason = self._guard(state, done, demanded)
-        if requested != state.requested:
-            state = replace(state, requested=requested, changed_at_tokens=done.tokens)
+        log |= self.extra_log(averages, done.batch)
+
+        demands = (*state.demands, demanded)
+        if len(demands) < self.batch.confirmations:
+            return replace(state, demands=demands), self._decision(state.requested, "held", log)
+        requested, reason = self._guard(state, done, _agreed(demands, done.batch))
+        changed_at = done.tokens if requested != state.requested else state.changed_at_tokens
+        state = replace(state, requested=requested, demands=(), changed_at_tokens=changed_at)
         return state, self._decision(requested, reason, log)
 
-    def _guard(self, state: State, done: StepDone, demanded: float) -> tuple[float, str]:
+    def _averaged(self, state: State, terms: tuple[float, ...]) -> State:
+        ema, before = self.batch.ema, state.averages or (0.0,) * len(terms)
+        averages = tuple(ema * old + (1 - ema) * new for old, new in zip(before, terms, strict=True))
+        return replace(state, tests=state.tests + 1, averages=averages)
+
+    def _guard(self, state: State, done: StepDone, demanded: float) -> tuple[float, Reason]:
         """(requested size, reason); the test is of the batch that was measured."""
-        current, held_since = done.batch, done.tokens - state.changed_at_tokens
-        held = held_since < self.batch.hold_tokens
+        current = done.batch
+        held = done.tokens - state.changed_at_tokens < self.batch.hold_tokens
         if demanded <= current:
             if self.batch.monotone or demanded == current or current <= self.first:
                 return state.requested, "passed"
             if held:
                 return state.requested, "held"
-            return max(demanded, current / self.batch.growth_cap, self.first), "shrank"
+            if round_up(demanded, self.multiple) >= current:
+                return state.requested, "rounded"
+            # By one multiple at least: rounding up must not undo a small step for ever.
+            smaller = min(max(demanded, current / self.batch.growth_cap), current - self.multiple)
+            return max(smaller, self.first), "shrank"
         if held:
             return state.requested, "held"
         limit = min(current * self.batch.growth_cap, self.largest)
         return (limit, "capped") if demanded > limit else (demanded, "grew")
 
-    def _decision(self, requested: float, reason: str, log: dict[str, float]) -> Decision:
+    def _decision(self, requested: float, reason: Reason, log: dict[str, float]) -> Decision:
         return Decision(min(round_up(requested, self.multiple), self.largest), requested, reason, log)
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    """A noise-to-signal ratio: infinite when no signal is left."""
-    return max(numerator, 0.0) / denominator if denominator > 0 else math.inf
+def _agreed(demands: tuple[float, ...], batch: int) -> float:
+    """The demand that all of these tests support: the smallest if all are above the batch (AdaBatchGrad,
+    Ostroukhov et al. 2024, arXiv 2402.05264), the largest if all are below, else the batch itself."""
+    if min(demands) > batch:
+        return min(demands)
+    return min(max(demands), batch)
+
+
+def noise_to_signal(noise: float, signal: float) -> float:
+    """Infinite when no signal is left."""
+    return max(noise, 0.0) / signal if signal > 0 else math.inf
+
+
+def _check_two_micro_batches(config: Config) -> list[str]:
+    batch, micro, ranks = config.batch, config.data.micro_batch, config.parallel.data_ranks
+    first = first_batch(config)
+    if first >= 2 * micro:
+        return []
+    return [
+        f"batch.size={batch.size}: the variance needs two micro-batches of data.micro_batch={micro}, and "
+        f"{ranks} data-parallel rank with accumulation 1 has one. Nearest batch.size: {2 * micro} "
+        f"(accumulation 2); or data.micro_batch={max(1, batch.size // 2)}, or two data-parallel ranks"
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -16,9 +16,17 @@ class State:
 
     requested: float  # sequences, before rounding and the cap
     tests: int = 0  # tested steps so far
-    numerator: float = 0.0  # exponential averages, not yet corrected for their start at 0
-    denominator: float = 0.0
+    averages: tuple[
+        float, ...
+    ] = ()  # exponential, of what it measures, not yet corrected for their start at 0
+    demands: tuple[float, ...] = ()  # of the tests since the last decision, where several make one
     changed_at_tokens: int = 0  # tokens seen when the batch last changed
+
+    @staticmethod
+    def from_tree(tree: dict[str, Any]) -> State:
+        """From the lists that JSON makes of tuples."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in tree.items()}
+        return State(**values)
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,22 @@ class StepDone:
     batch: int  # sequences of that step
 
 
+Reason = Literal["scheduled", "unmeasured", "passed", "grew", "shrank", "capped", "held", "rounded"]
+
+
 @dataclass(frozen=True)
 class Decision:
-    """The batch of the next step."""
+    """The batch of the next step.
+
+    `reason`: `scheduled` by the config alone. By a measurement: `passed` (the batch is large enough and
+    stays), `grew` or `shrank` to the demand, `capped` (grew less than demanded, by `growth_cap` or up to
+    `max_size`), `held` (a guard keeps the batch), `rounded` (the demand moved, but not to another multiple).
+    `unmeasured`: no statistics of this step.
+    """
 
     size: int  # sequences: requested, rounded up to a multiple, capped
     requested: float
-    reason: str  # passed | grew | capped | held | shrank | scheduled | unmeasured
+    reason: Reason
     log: dict[str, float]  # what the test computed, by metric name
 
 
@@ -69,8 +86,8 @@ class BatchSchedule(Protocol):
         """The state before the first step and the batch of that step."""
         ...
 
-    def wants_statistics(self, state: State, step: int) -> bool:
-        """Whether step `step` (counted from 1) is to be measured."""
+    def wants_statistics(self, state: State, step: int, tokens: int) -> bool:
+        """Whether step `step` (counted from 1), which starts at `tokens`, is to be measured."""
         ...
 
     def decide(
@@ -78,6 +95,33 @@ class BatchSchedule(Protocol):
     ) -> tuple[State, Decision]:
         """The batch of the step after `done`. `statistics` are of the step just done."""
         ...
+
+
+class Planned:
+    """A schedule that the config decides alone. A subclass says which batch a step asks for."""
+
+    needs = None
+    largest: int
+    multiple: int
+
+    def batch_at(self, done: StepDone) -> float:
+        """The batch asked for after `done`, in sequences."""
+        raise NotImplementedError
+
+    def start(self) -> tuple[State, Decision]:
+        return self._to(self.batch_at(StepDone(0, 0, 0, 0)))
+
+    def wants_statistics(self, state: State, step: int, tokens: int) -> bool:
+        return False
+
+    def decide(
+        self, state: State, done: StepDone, statistics: GradientStatistics | None
+    ) -> tuple[State, Decision]:
+        return self._to(self.batch_at(done))
+
+    def _to(self, requested: float) -> tuple[State, Decision]:
+        size = min(round_up(requested, self.multiple), self.largest)
+        return State(requested), Decision(size, requested, "scheduled", {})
 
 
 def round_up(size: float, multiple: int) -> int:
@@ -103,7 +147,9 @@ def plan(config: Config) -> BatchPlan:
     if schedule.needs:
         return BatchPlan(None, first, schedule.largest)
     sizes: list[int] = []
-    seen, length = 0, config.data.sequence_length
+    seen, length = config.first_sequence, config.data.sequence_length
+    if seen:
+        state, decision = schedule.decide(state, StepDone(0, seen * length, seen, 0), None)
     while seen < config.budget_sequences:
         size = min(decision.size, config.budget_sequences - seen)
         sizes.append(size)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.batch._adaptive import GUARDS, Adaptive
+from pipeline.batch._adaptive import GUARDS, Adaptive, noise_to_signal
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -25,11 +25,11 @@ class Schedule(Adaptive):
     D: `plain` ‖g‖² as in the paper, which settles at B_simple(1 − η²)/η²; `debiased` |G|², at B_simple/η².
     """
 
-    settings = GUARDS | {"eta", "signal"}
+    settings = GUARDS | {"eta", "signal", "estimator"}
 
-    @staticmethod
-    def check(config: Config) -> list[str]:
-        problems = Adaptive.check(config)
+    @classmethod
+    def check(cls, config: Config) -> list[str]:
+        problems = super().check(config)
         batch = config.batch
         if batch.estimator == "paper" and batch.signal == "debiased":
             problems.append(
@@ -38,8 +38,11 @@ class Schedule(Adaptive):
             )
         return problems
 
-    def terms(self, statistics: GradientStatistics) -> tuple[float, float]:
+    def terms(self, statistics: GradientStatistics) -> tuple[float, ...]:
         paper = self.batch.estimator == "paper"
         variance = statistics.population_variance if paper else statistics.variance
-        signal = statistics.signal if self.batch.signal == "debiased" else statistics.mean_sq_norm
-        return variance / self.batch.eta**2, signal
+        return variance, statistics.squared_norm(self.batch.signal)
+
+    def demand(self, averages: tuple[float, ...]) -> float:
+        variance, signal = averages
+        return noise_to_signal(variance, signal) / self.batch.eta**2

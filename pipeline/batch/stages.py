@@ -6,32 +6,30 @@ import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from pipeline.batch._interface import Decision, State, StepDone, round_up
+from pipeline.batch._interface import Planned, StepDone, round_up
 
 if TYPE_CHECKING:
     from pipeline.config import Config
-    from pipeline.gradients.statistics import GradientStatistics
 
 
-class Schedule:
+class Schedule(Planned):
     """`batch.sizes[i]` sequences while the run is inside its i-th share `batch.fractions[i]` of the tokens.
 
     A step takes the size of the stage in which it starts.
     """
 
     settings = frozenset({"sizes", "fractions", "round_to"})
-    needs = None
 
     def __init__(self, config: Config) -> None:
         assert config.batch.sizes and config.batch.fractions
         self._sizes = config.batch.sizes
-        self._multiple = config.batch_multiple
-        self.largest = round_up(max(self._sizes), self._multiple)
-        total = config.budget_sequences
+        self.multiple = config.batch_multiple
+        self.largest = round_up(max(self._sizes), self.multiple)
+        total = config.planned_sequences
         self._ends = [round(total * share) for share in accumulate(config.batch.fractions)]
 
-    @staticmethod
-    def check(config: Config) -> list[str]:
+    @classmethod
+    def check(cls, config: Config) -> list[str]:
         sizes, fractions = config.batch.sizes, config.batch.fractions
         if not sizes or not fractions:
             return [
@@ -60,20 +58,6 @@ class Schedule:
             )
         return problems
 
-    def start(self) -> tuple[State, Decision]:
-        decision = self._at(0)
-        return State(decision.requested), decision
-
-    def wants_statistics(self, state: State, step: int) -> bool:
-        return False
-
-    def decide(
-        self, state: State, done: StepDone, statistics: GradientStatistics | None
-    ) -> tuple[State, Decision]:
-        decision = self._at(done.sequences)
-        return State(decision.requested), decision
-
-    def _at(self, sequences: int) -> Decision:
-        stage = next((i for i, end in enumerate(self._ends) if sequences < end), len(self._sizes) - 1)
-        size = self._sizes[stage]
-        return Decision(round_up(size, self._multiple), size, "scheduled", {})
+    def batch_at(self, done: StepDone) -> float:
+        stage = next((i for i, end in enumerate(self._ends) if done.sequences < end), len(self._sizes) - 1)
+        return self._sizes[stage]

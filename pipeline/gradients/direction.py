@@ -30,6 +30,9 @@ class Direction(Protocol):
         ...
 
 
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer")  # what optimizers call it in their state
+
+
 class Momentum:
     """The optimizer's first moment. It lies beside the parameters already, and in the checkpoint."""
 
@@ -43,7 +46,9 @@ class Momentum:
         return bool(self._optimizer.state)
 
     def parts(self) -> list[torch.Tensor]:
-        return [local(self._optimizer.state[parameter]["exp_avg"]) for parameter in self._parameters]
+        states = [self._optimizer.state[parameter] for parameter in self._parameters]
+        (key,) = (name for name in FIRST_MOMENTS if name in states[0])
+        return [local(state[key]) for state in states]
 
     def step_done(self) -> None:
         pass

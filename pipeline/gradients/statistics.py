@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,11 @@ class Projections:
         """Unbiased dᵀΣd: Σ n_j (⟨g_j, d⟩ − ⟨g, d⟩)² / (J − 1). NaN with fewer than two units."""
         return _weighted_variance(np.array(self.sequences, float), np.array(self.products))
 
+    @property
+    def parallel_variance(self) -> float:
+        """Unbiased variance of one sequence's gradient along d: dᵀΣd/‖d‖². NaN where d is 0."""
+        return self.variance / self.sq_norm if self.sq_norm > 0 else math.nan
+
 
 @dataclass(frozen=True)
 class WorkerProducts:
@@ -61,13 +67,23 @@ class WorkerProducts:
         return _weighted_variance(np.array(self.sequences, float), self.with_mean)
 
     @property
+    def mean_sq_norm(self) -> float:
+        """‖g‖² of the workers' mean."""
+        return float(np.average(self.with_mean, weights=self.sequences))
+
+    @property
+    def parallel_variance(self) -> float:
+        """The same along the unit vector g/‖g‖, to be compared with ‖g‖². NaN where g is 0."""
+        squared = self.mean_sq_norm
+        return self.inner_product_variance / squared if squared > 0 else math.nan
+
+    @property
     def orthogonal_variance(self) -> float:
         """Σ n_j ‖g_j − ⟨g_j, g⟩/‖g‖² g‖² / (J − 1), for one sequence: ibid. eq. 3.3."""
-        weights, products = np.array(self.sequences, float), self.with_mean
-        mean_sq_norm = weights @ products / weights.sum()
-        if len(weights) < 2 or mean_sq_norm <= 0:
+        weights, products, squared = np.array(self.sequences, float), self.with_mean, self.mean_sq_norm
+        if len(weights) < 2 or squared <= 0:
             return math.nan
-        squares = np.diag(self.gram) - products**2 / mean_sq_norm
+        squares = np.diag(self.gram) - products**2 / squared
         return float(weights @ squares / (len(weights) - 1))
 
     @property
@@ -159,12 +175,19 @@ class GradientStatistics:
         """(1/J) Σ‖g_j − g‖², as Lau et al. 2024 print it in eq. 5: no factor for the size of a unit."""
         return (self.sum_sq_norm - self.units * self.mean_sq_norm) / self.units
 
+    def squared_norm(self, of: Literal["plain", "debiased"]) -> float:
+        """‖g‖² of the batch, or |G|² without the batch's noise."""
+        return self.mean_sq_norm if of == "plain" else self.signal
+
+    @property
+    def parallel_variance(self) -> float:
+        """Unbiased variance along the direction, dᵀΣd/‖d‖². NaN without one."""
+        return self.along.parallel_variance if self.along else math.nan
+
     @property
     def orthogonal_variance(self) -> float:
         """Unbiased trace of Σ on the complement of the direction: tr Σ − dᵀΣd/‖d‖². NaN without one."""
-        if self.along is None or self.along.sq_norm == 0:
-            return math.nan
-        return self.variance - self.along.variance / self.along.sq_norm
+        return self.variance - self.parallel_variance
 
 
 def _weighted_variance(weights: Matrix, values: Matrix) -> float:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
-from pipeline.config import OptimConfig
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import OptimConfig
+
+# √: Malladi et al. 2022 (arXiv 2205.10287), while the gradient is mostly noise. No other has a derivation.
+batch_scalings = ("none", "sqrt")
 
 
-def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Weight decay applies to every parameter, as in Lau et al. 2024 (Tables 5-7, "skip bias: no")."""
+def keeps_first_moment(config: OptimConfig) -> bool:
+    return True
+
+
+def build(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    import torch
+
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
-        model.parameters(),
+        parameters,
         lr=config.lr,
         betas=(beta1, beta2),
         eps=config.eps,

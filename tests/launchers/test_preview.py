@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
-
-
-@pytest.fixture
-def here(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A home that is also the current directory."""
-    monkeypatch.chdir(home)
-    yield home
 
 
 def test_it_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -712,7 +712,7 @@ def test_a_checkpoint_of_another_schema_is_refused(
         tree = json.loads((newest / "progress.json").read_text())
         del tree["crc32"]
         (newest / "progress.json").write_text(json.dumps(tree))
-    with pytest.raises(ConfigError, match=f"its schema is {schema}, this version reads 2. Go on with"):
+    with pytest.raises(ConfigError, match=f"its schema is {schema}, this version reads 3. Go on with"):
         train_here(composed, attempt=2)
     assert steps_saved(run)[-1] == 35
 

@@ -1,0 +1,26 @@
+"""Stochastic gradient descent with heavy-ball momentum."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.config import OptimConfig
+
+# linear: Goyal et al. 2017 (arXiv 1706.02677); adascale: Johnson et al. 2020 (arXiv 2007.05105).
+batch_scalings = ("none", "linear", "adascale")
+
+
+def keeps_first_moment(config: OptimConfig) -> bool:
+    return config.momentum > 0
+
+
+def build(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+    import torch
+
+    # Not fused: torch 2.13 has no fused form for sharded parameters (DTensor).
+    return torch.optim.SGD(
+        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
+    )
