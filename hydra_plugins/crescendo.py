@@ -88,11 +88,6 @@ class ProductSweeper(BasicSweeper):
                     f"the options of a group, as in batch=glob(*)"
                 )
         (jobs,) = self.split_arguments(overrides, max_batch_size=None)
-        points = [_joined(row, job) for row in self._rows for job in jobs]
+        # Of two values Hydra takes the last: what the command line says counts for every row.
+        points = [[*row, *job] for row in self._rows for job in jobs]
         return self.launcher.launch(points, initial_job_idx=0)
-
-
-def _joined(row: list[str], job: Sequence[str]) -> list[str]:
-    """What the command line says counts for every row."""
-    given = {override.partition("=")[0] for override in job}
-    return [*(override for override in row if override.partition("=")[0] not in given), *job]

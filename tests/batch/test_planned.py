@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.batch import plan
-from pipeline.batch._interface import BatchPlan
+from pipeline.batch._interface import BatchPlan, StepDone
 from pipeline.config import Config
 from pipeline.optim._learning_rate import learning_rate
 from tests.batch.support import schedule_of, small
@@ -58,6 +58,9 @@ def test_linear_ramp():
         assert size == min(math.ceil(asked / 4) * 4, 64)
         seen += size
     assert steps[0] == 8 and 64 in steps
+    ramp = schedule_of(small("batch=linear", "batch.size=8", "batch.max_size=64", "batch.ramp_tokens=128k"))
+    state, _ = ramp.start()
+    assert ramp.decide(state, StepDone(9, 256_000, 2000, 64), None)[1].requested == 64
 
 
 def test_seesaw_grows_where_the_reference_is_cut_and_gives_back_a_root_of_it():
@@ -111,6 +114,11 @@ def test_critical_doubles_when_the_measured_critical_batch_is_twice_the_batch():
         assert size == batch
         seen += size
     assert sorted(set(steps[:-1])) == [16, 32, 64]
+
+
+def test_twice_the_batch_is_not_yet_above_it():
+    measured = ["batch.measured_tokens=[10k,20k]", "batch.measured_sizes=[32,32]"]
+    assert max(sizes("batch=critical", "batch.size=16", *measured)) == 16
 
 
 def test_critical_does_not_shrink_when_a_later_measurement_is_smaller():

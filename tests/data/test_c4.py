@@ -227,8 +227,11 @@ def test_refuses(path: str, message: str):
 
 def test_without_a_network(tmp_path: Path):
     """Nobody listens at this address: the data and the tokenizer are out of reach, not missing."""
-    for tokenizer in ([], [f'data.tokenizer="hf://some/tokenizer@{COMMIT}/tokenizer.json"']):
-        done = prepared(tmp_path, "http://127.0.0.1:9", *tokenizer)
+    mirror = tmp_path / "c4-train.00000-of-01024.json.gz"
+    mirror.write_bytes(shard(texts(200)))
+    remote = f'data.tokenizer="hf://some/tokenizer@{COMMIT}/tokenizer.json"'
+    for overrides in ([], [f"data.files=[{mirror}]", remote]):
+        done = prepared(tmp_path, "http://127.0.0.1:9", *overrides)
         assert done.returncode == 2
         assert "the Hub cannot be reached" in done.stderr and "python -m pipeline.data" in done.stderr
         assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,17 @@ def test_unfinished_and_unreadable_runs_do_not_count(home: Path) -> None:
     assert Rates().seconds(config("seed=1")) is not None
     run.config_file.write_text("seed: 0\n")  # frozen under another schema
     assert Rates().seconds(dataclasses.replace(config("seed=1"))) is None
+
+
+def test_points_that_differ_in_the_rate_or_the_length_have_their_own_steps(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seesaw's batches follow the cuts of the rate; twice the sequence length halves the steps."""
+    monkeypatch.setenv("COLUMNS", "200")
+    seesaw = ["batch=seesaw", "lr.batch_scaling=sqrt", "lr.cut_factor=1.1,2", "data.sequence_length=128,256"]
+    assert preview(monkeypatch, *seesaw, "budget.tokens=4M") == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r"[0-9a-f]{10} ", line)]
+    shown = {(row[1], row[2]): (row[4], int(row[5])) for row in rows}
+    assert shown["1.1", "128"][0] != shown["2", "128"][0]
+    for factor in ("1.1", "2"):
+        assert shown[factor, "128"][1] == pytest.approx(2 * shown[factor, "256"][1], abs=4)
