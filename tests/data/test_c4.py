@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +45,12 @@ def documents() -> set[bytes]:
     return {text.encode() for text in texts(800)}
 
 
-def prepared(home: Path, address: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+def prepared(
+    home: Path, address: str, *overrides: str, start: Sequence[str] = ("-m", "pipeline.data")
+) -> subprocess.CompletedProcess[str]:
     """python -m pipeline.data, with byte tokens and this Hub."""
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.data", "data=c4", f'data.files=["{SHARDS}"]', "data.tokenizer=bytes",
+        [sys.executable, *start, "data=c4", f'data.files=["{SHARDS}"]', "data.tokenizer=bytes",
          "data.validation_fraction=0.1", "data.workers=1", *overrides],
         env={
             **os.environ,
@@ -119,13 +122,13 @@ def test_a_tokenizer_from_the_hub(tmp_path: Path):
 def test_a_lost_network_costs_nothing_that_was_done(tmp_path: Path):
     """The second shard cannot be fetched; the next attempt begins with it, and ends with what a build without
     interruption makes."""
-    every_part = ["-c", PATCHED]
+    every_part = ("-c", PATCHED)
     with serving(shards(), broken_after=1) as (address, _):
-        broken = patched(every_part, tmp_path, address)
+        broken = prepared(tmp_path, address, start=every_part)
     assert broken.returncode == 2
     assert "the Hub cannot be reached" in broken.stderr and "Traceback" not in broken.stderr
     with serving(shards()) as (address, requests):
-        resumed = patched(every_part, tmp_path, address)
+        resumed = prepared(tmp_path, address, start=every_part)
     assert resumed.returncode == 0, resumed.stderr
     assert "goes on after part 1 of 4" in resumed.stdout
     assert not [r for r in requests if "resolve" in r and "c4-train.00000" in r]
@@ -148,26 +151,15 @@ sys.exit(command.main())
 """
 
 
-def patched(start: list[str], home: Path, address: str) -> subprocess.CompletedProcess[str]:
-    arguments = [
-        "data=c4",
-        f'data.files=["{SHARDS}"]',
-        "data.tokenizer=bytes",
-        "data.validation_fraction=0.1",
-    ]
-    return subprocess.run(
-        [sys.executable, *start, *arguments, "data.workers=1"],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "CRESCENDO_HOME": str(home),
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(home / "hub"),
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_several_processes_read_the_hub_and_say_what_went_wrong(tmp_path: Path):
+    every_part = ("-c", PATCHED)
+    with serving(shards()) as (address, _):
+        done = prepared(tmp_path, address, "data.workers=2", start=every_part)
+    assert done.returncode == 0, done.stderr
+    assert set(documents_in(corpora(tmp_path)[0])) == documents()
+    with serving(shards(), broken_after=1) as (address, _):
+        broken = prepared(tmp_path / "broken", address, "data.workers=2", start=every_part)
+    assert broken.returncode == 2 and "the Hub cannot be reached" in broken.stderr
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "torn journal", "none"])
