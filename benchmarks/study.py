@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from analysis.load import Run, Sweep, load_sweep
@@ -110,8 +111,6 @@ def draw_front(study: Study, path: Path) -> None:
     markers = iter("ovD^P*Xv<>ph" * 4)
     others = [s for s in study.schedules if s not in study.constants and s.val_loss]
     colours = iter(np.linspace(0, 1, max(len(others), 1)))
-    from matplotlib import colormaps
-
     for schedule in others:
         assert schedule.val_loss
         axes.errorbar(

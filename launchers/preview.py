@@ -112,10 +112,7 @@ def describe(config: Config) -> Work:
     """Batch sizes and optimizer steps: exact where no measurement decides, else the range it can take."""
     plan = config.batch_plan()
     if plan.sizes is None:
-        steps = [
-            -(-config.trained_tokens // (size * config.data.sequence_length))
-            for size in (plan.largest, plan.first)
-        ]
+        steps = [-(-config.trained_sequences // size) for size in (plan.largest, plan.first)]
         return Work(f"{plan.first}…{plan.largest} {config.batch.schedule}", f"{steps[0]}…{steps[1]}")
     sizes = plan.sizes
     whole = sizes[:-1] or sizes  # the last step, cut to the budget, is no size of its own

@@ -119,7 +119,7 @@ class Checkpointer:
         captured: Mapping[str, torch.Tensor],
         record: MetricsWriter | None,
         settings: Mapping[str, Any],
-        keep: int = 2,
+        keep: int,
     ) -> None:
         self._keep = keep  # the newest so many
         self._run, self._ranks, self._model, self._optimizer = run, ranks, model, optimizer

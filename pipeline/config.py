@@ -266,9 +266,13 @@ class Config:
         return self.first_sequence * self.data.sequence_length
 
     @property
-    def trained_tokens(self) -> int:
+    def trained_sequences(self) -> int:
         """What the run itself trains on."""
-        return self.budget_tokens - self.first_token
+        return self.budget_sequences - self.first_sequence
+
+    @property
+    def trained_tokens(self) -> int:
+        return self.trained_sequences * self.data.sequence_length
 
     @property
     def batch_unit(self) -> int:
@@ -587,9 +591,8 @@ def _check_batch(config: Config) -> list[str]:
             f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
         )
     problems += schedule.check(config)
-    if not problems and config.trained_tokens < (first := schedule(config).start()[1].size) * (
-        length := config.data.sequence_length
-    ):
+    if not problems and config.trained_sequences < (first := schedule(config).start()[1].size):
+        length = config.data.sequence_length
         budget, branch = config.budget, config.branch
         key = "budget.tokens" if budget.stop_tokens is None else "budget.stop_tokens"
         after = f" after branch.tokens={branch.tokens}" if branch.tokens else ""

@@ -241,11 +241,12 @@ def ended(plan: Plan) -> list[Branch]:
 def _measure(options: argparse.Namespace) -> int:
     parent = RunDirectory.find(options.run)
     plan = plan_branches(parent, options.at, options.tokens, options.factors)
-    if len(ended(plan)) < len(plan.factors):
+    branches = ended(plan)
+    if len(branches) < len(plan.factors):
         done = subprocess.run(command(plan, options.launcher), stdout=sys.stderr if options.json else None)
         if options.launcher == "preview" or done.returncode:
             return done.returncode
-    branches = ended(plan)
+        branches = ended(plan)
     if len(branches) < len(plan.factors):
         if options.json:
             print(json.dumps({"sweep": plan.name, "done": len(branches), "branches": len(plan.factors)}))

@@ -68,4 +68,6 @@ def complete(config: Config) -> Config:
 
 def _absolute(path: str) -> str:
     """A job may start in another directory."""
-    return path if path.startswith("hf://") else os.path.abspath(os.path.expanduser(path))
+    from pipeline.data.hub import is_remote
+
+    return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from pipeline.batch._caps import cap_below_start, first_batch, largest_below
 from pipeline.batch._interface import Decision, Needs, Reason, State, StepDone, round_up
@@ -39,8 +39,6 @@ class Adaptive:
     """
 
     settings = GUARDS
-    compares_by: ClassVar[Literal["estimator", "direction", "schedule"]] = "estimator"
-    """The setting of the batch group that says whose gradients are compared."""
 
     def __init__(self, config: Config) -> None:
         self.batch = config.batch
@@ -53,6 +51,11 @@ class Adaptive:
         if batch.estimator == "microbatch":
             return Needs("microbatch", batch.measured_units)
         return Needs("worker")
+
+    @classmethod
+    def compares_by(cls, batch: BatchConfig) -> tuple[str, str]:
+        """The setting of the batch group that has ranks compared, and its value that does without."""
+        return "estimator", "microbatch"
 
     @classmethod
     def check(cls, config: Config) -> list[str]:
@@ -77,20 +80,14 @@ class Adaptive:
     @classmethod
     def _check_workers(cls, config: Config) -> list[str]:
         batch, parallel, problems = config.batch, config.parallel, []
-        by = "norm" if batch.schedule == "noise_scale" and batch.norm == "l1" else cls.compares_by
+        by, instead = cls.compares_by(batch)
         chosen = f"batch.{by}={getattr(batch, by)}"
         if not strategy_class(parallel.strategy).shows_workers(parallel):
             axes = ", ".join(f"{axis} {n}" for axis, n in parallel.mesh.items())
-            others = {
-                "estimator": "microbatch",
-                "direction": "momentum",
-                "norm": "l2",
-                "schedule": "norm_test",
-            }
             problems.append(
                 f"{chosen}: compares the gradients of data-parallel ranks, which "
                 f"parallel={parallel.strategy} ({axes}) does not show. Use parallel=ddp, a parallel.shard of "
-                f"at least 2, or batch.{by}={others[by]}"
+                f"at least 2, or batch.{by}={instead}"
             )
         if batch.measured_units is not None:
             problems.append(

@@ -20,6 +20,12 @@ def largest_below(config: Config) -> int:
     return (config.batch.max_size or first_batch(config)) // config.batch_multiple * config.batch_multiple
 
 
+def largest_reached(config: Config, last: float) -> int:
+    """Of a batch that grows until it asks for `last`, with or without a cap."""
+    size = round_up(last, config.batch_multiple)
+    return min(size, largest_below(config)) if config.batch.max_size else size
+
+
 def cap_below_start(config: Config) -> list[str]:
     cap, first = config.batch.max_size, first_batch(config)
     if cap is None or cap >= first:

@@ -16,9 +16,7 @@ class State:
 
     requested: float  # sequences, before rounding and the cap
     tests: int = 0  # tested steps so far
-    averages: tuple[
-        float, ...
-    ] = ()  # exponential, of what it measures, not yet corrected for their start at 0
+    averages: tuple[float, ...] = ()  # exponential, of what it measures; they started at 0
     demands: tuple[float, ...] = ()  # of the tests since the last decision, where several make one
     changed_at_tokens: int = 0  # tokens seen when the batch last changed
 

@@ -25,11 +25,14 @@ class Schedule(Adaptive):
     """
 
     settings = GUARDS | {"eta", "share"}
-    compares_by = "schedule"
 
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
         return Needs("worker", coordinates=True)
+
+    @classmethod
+    def compares_by(cls, batch: BatchConfig) -> tuple[str, str]:
+        return "schedule", "norm_test"
 
     @classmethod
     def check(cls, config: Config) -> list[str]:

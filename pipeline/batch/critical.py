@@ -11,8 +11,8 @@ import math
 from bisect import bisect_right
 from typing import TYPE_CHECKING
 
-from pipeline.batch._caps import cap_below_start, largest_below
-from pipeline.batch._interface import Planned, StepDone, round_up
+from pipeline.batch._caps import cap_below_start, largest_reached
+from pipeline.batch._interface import Planned, StepDone
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -32,8 +32,7 @@ class Schedule(Planned):
         assert batch.measured_tokens and batch.measured_sizes
         self._tokens, self._sizes, self._first = batch.measured_tokens, batch.measured_sizes, batch.size
         self.multiple = config.batch_multiple
-        last = round_up(self.batch_at(StepDone(0, config.budget_tokens, 0, 0)), self.multiple)
-        self.largest = min(last, largest_below(config)) if batch.max_size else last
+        self.largest = largest_reached(config, self.batch_at(StepDone(0, config.budget_tokens, 0, 0)))
 
     @classmethod
     def check(cls, config: Config) -> list[str]:

@@ -33,13 +33,16 @@ class Schedule(Adaptive):
     """
 
     settings = GUARDS | {"theta", "nu", "epsilon", "direction", "signal"}
-    compares_by = "direction"
 
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
         if batch.direction == "in_sample":
             return Needs("worker")
         return Needs("microbatch", batch.measured_units, batch.direction)
+
+    @classmethod
+    def compares_by(cls, batch: BatchConfig) -> tuple[str, str]:
+        return "direction", "momentum"
 
     @classmethod
     def check(cls, config: Config) -> list[str]:

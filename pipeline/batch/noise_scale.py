@@ -31,6 +31,10 @@ class Schedule(Adaptive):
         return super().needs_of(batch)
 
     @classmethod
+    def compares_by(cls, batch: BatchConfig) -> tuple[str, str]:
+        return ("norm", "l2") if batch.norm == "l1" else super().compares_by(batch)
+
+    @classmethod
     def check(cls, config: Config) -> list[str]:
         batch, problems = config.batch, super().check(config)
         if batch.estimator == "paper":

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.batch._caps import cap_below_start, largest_below
-from pipeline.batch._interface import Planned, StepDone, round_up
+from pipeline.batch._caps import cap_below_start, largest_reached
+from pipeline.batch._interface import Planned, StepDone
 from pipeline.optim._learning_rate import cuts
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ class Schedule(Planned):
 
     def __init__(self, config: Config) -> None:
         self._config, self.multiple = config, config.batch_multiple
-        last = round_up(self.batch_at(StepDone(0, config.budget_tokens, 0, 0)), self.multiple)
-        self.largest = min(last, largest_below(config)) if config.batch.max_size else last
+        self.largest = largest_reached(config, self.batch_at(StepDone(0, config.budget_tokens, 0, 0)))
 
     @classmethod
     def check(cls, config: Config) -> list[str]:

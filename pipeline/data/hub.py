@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.config import ConfigError
+from pipeline.data.extra import require
 
 SCHEME = "hf://"
 _PINNED = re.compile(
@@ -75,8 +76,6 @@ def open_stream(path: str) -> IO[bytes]:
 
 def download(path: str) -> Path:
     """A small file, kept in the Hub's own cache on disk."""
-    from pipeline.data.sources import require
-
     found = _PINNED.fullmatch(path)
     assert found
     kind = (found["kind"] or "models/").removesuffix("s/")
@@ -89,8 +88,6 @@ def download(path: str) -> Path:
 
 @functools.cache
 def _file_system() -> Any:
-    from pipeline.data.sources import require
-
     return require("huggingface_hub").HfFileSystem()
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import gzip
-import importlib
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from typing import IO, Any, Literal
 
 from pipeline.config import ConfigError, DataConfig, nearest
 from pipeline.data import hub
+from pipeline.data.extra import require
 
 Format = Literal[".py", ".txt", ".jsonl", ".jsonl.gz", ".parquet"]
 TEXT_FORMATS: dict[str, Format] = {  # by the ending of a file's name
@@ -280,12 +280,3 @@ _READERS = {
 
 def _open(path: str) -> IO[bytes]:
     return hub.open_stream(path) if hub.is_remote(path) else open(path, "rb")
-
-
-def require(module: str) -> Any:
-    """A module of the `data` extra, imported when a corpus needs it."""
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        name = module.partition(".")[0]
-        raise ConfigError(f"this corpus needs {name}: pip install 'crescendo[data]'") from error

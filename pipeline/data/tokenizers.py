@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.config import BYTE_VOCABULARY, ConfigError
 from pipeline.data import hub
-from pipeline.data.sources import require
+from pipeline.data.extra import require
 
 # What tokenizers call the end of a document, in the order in which we look for it
 END_OF_DOCUMENT_NAMES = (

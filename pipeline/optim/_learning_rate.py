@@ -18,8 +18,9 @@ def learning_rate(
     that grows with them is.
     """
     middle = start + step_tokens / 2
-    decay = _smooth_decay(config, middle)
-    if config.lr.cut_factor is not None:
+    if config.lr.cut_factor is None:
+        decay = _smooth_decay(config, middle)
+    else:
         decay = config.lr.cut_factor ** -cuts(config, start)
     return config.optim.lr * _warmup(config, step, middle) * decay * batch_factor
 

@@ -25,7 +25,7 @@ def done_run(configuration: Config, model: Llama) -> RunDirectory:
     state, first = schedule_class(configuration.batch.schedule)(configuration).start()
     progress = checkpoint.Progress(state, first, first.size)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoints = checkpoint.Checkpointer(run, ranks_of(configuration), model, optimizer, {}, None, {})
+    checkpoints = checkpoint.Checkpointer(run, ranks_of(configuration), model, optimizer, {}, None, {}, 2)
     checkpoints.save(progress, wait=True)
     run.update_status(state="DONE")
     return run

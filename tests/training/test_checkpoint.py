@@ -264,7 +264,14 @@ class Small:
             self.optimizer.step()
         self.run = RunDirectory(home / "small")
         self.checkpoints = Checkpointer(
-            self.run, ranks or ranks_of(config()), self.model, self.optimizer, {}, record, {"model.width": 8}
+            self.run,
+            ranks or ranks_of(config()),
+            self.model,
+            self.optimizer,
+            {},
+            record,
+            {"model.width": 8},
+            2,
         )
 
     def tensors(self) -> list[torch.Tensor]:
@@ -695,7 +702,7 @@ def test_a_checkpoint_of_another_model_is_refused(cut: RunDirectory, home: Path,
     assert steps_saved(run)[-1] > 35
     small = Small(home)
     small.checkpoints.save(progress(1), wait=True)
-    without = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, {}, None, {})
+    without = Checkpointer(small.run, ranks_of(config()), small.model, small.optimizer, {}, None, {}, 2)
     with pytest.raises(ConfigError, match=r"of another model: model.width is 8 there and absent here\. Go"):
         without.restore()
 
