@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench browser clean
+.PHONY: demo test lint bench browser slurm clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -19,13 +19,23 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m pipeline -m experiment=demo batch=constant_16,constant_64,stages,norm_test seed=0,1
 	$(BIN)/python -m analysis demo --baseline batch=constant_16
 
-test: $(VENV)/.dev browser
+test: $(VENV)/.dev browser slurm
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 browser:     # for the tests that open the report
 	@command -v chromium >/dev/null \
 	  || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
 	  || echo "No Chromium: the tests that open the report are skipped. Remedy: apt install chromium"
+
+slurm:       # for the tests that submit; they start the daemons themselves, so policy-rc.d forbids it to apt
+	@PATH="$$PATH:/usr/sbin"; policy=/usr/sbin/policy-rc.d; \
+	type slurmctld slurmd sbatch munged >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] \
+	       && { [ -e $$policy ] || { trap "rm -f $$policy" EXIT INT TERM; \
+	            printf '#!/bin/sh\nexit 101\n' >$$policy && chmod +x $$policy; }; } \
+	       && apt-get update -qq \
+	       && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; } \
+	  || echo "No SLURM: the tests that submit to it are skipped. Remedy: apt install slurmctld slurmd slurm-client munge"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

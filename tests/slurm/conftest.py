@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster, foreign, missing
+
+
+def _needs(packages: str) -> None:
+    """Skips the test where these packages are missing, unless SLURM is what is to be tested."""
+    if packages:
+        reason = f"SLURM is not installed: apt install {packages}"
+        if os.environ.get("CRESCENDO_REQUIRE_SLURM") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+
+
+def _enter(cluster: Cluster, patch: pytest.MonkeyPatch) -> None:
+    """Makes this the cluster that SLURM's commands mean."""
+    for name in foreign(os.environ):
+        patch.delenv(name)
+    for name, value in {**cluster.environment, "OMP_NUM_THREADS": "1"}.items():
+        patch.setenv(name, value)
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[Cluster]:
+    """A cluster of two nodes for all tests of this package, without accounting."""
+    _needs(missing())
+    with Cluster() as cluster, pytest.MonkeyPatch.context() as patch:
+        _enter(cluster, patch)
+        yield cluster
+
+
+@pytest.fixture(autouse=True)
+def empty_queue(cluster: Cluster) -> Iterator[None]:
+    """No test meets the jobs of another."""
+    yield
+    cluster.clear()
+
+
+@pytest.fixture
+def start_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
+    """Starts another cluster with other options (those of `Cluster`) in the place of `cluster`, for one test."""
+    with contextlib.ExitStack() as clusters:
+
+        def start(**options: Any) -> Cluster:
+            _needs(missing(accounting=options.get("accounting", False)))
+            cluster = clusters.enter_context(Cluster(**options))
+            _enter(cluster, monkeypatch)
+            return cluster
+
+        yield start
