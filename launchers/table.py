@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,7 +35,7 @@ class Column:
     align: Literal["left", "right"] = "right"
     optional: int = 0  # 0: always shown; else the highest number goes first when the screen is narrow
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         return max(len(text) for text in (self.title, *self.cells))
 

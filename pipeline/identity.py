@@ -46,22 +46,26 @@ def run_id(config: Config) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:10]
 
 
-def complete(config: Config) -> Config:
+def complete(config: Config, known: dict[object, str] | None = None) -> Config:
     """The config that is frozen: checked, with the tokens it will read named and its paths absolute.
 
-    Raises ConfigError when its values cannot work together.
+    Points of a sweep that share a corpus share its fingerprint in `known`, because reading it looks at every
+    file. Raises ConfigError when its values cannot work together.
     """
     check(config)
     from pipeline.data import fingerprint
 
-    data = config.data
+    data, known = config.data, {} if known is None else known
+    corpus = (data.source, tuple(data.files), data.tokenizer)
+    if not data.fingerprint and corpus not in known:
+        known[corpus] = fingerprint(data)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(
             data,
             files=[_absolute(path) for path in data.files],
             tokenizer=data.tokenizer if data.tokenizer == "bytes" else _absolute(data.tokenizer),
-            fingerprint=data.fingerprint or fingerprint(data),
+            fingerprint=data.fingerprint or known[corpus],
         ),
     )
 
