@@ -6,9 +6,9 @@ Hydra imports this module at every start, so it imports nothing that takes time.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,7 +17,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, sweep_settings
+
+if TYPE_CHECKING:
+    from launchers.compose import Compose
 
 
 class _Launcher(Launcher):
@@ -27,26 +30,29 @@ class _Launcher(Launcher):
         self._loader, self._sweep_config = hydra_context.config_loader, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        if code := self._launch(job_overrides, self._compose):
+        from launchers.compose import Composer
+
+        compose = Composer(self._compose, sweep_settings(self._sweep_config).zip)
+        if code := self._launch(job_overrides, compose):
             raise SystemExit(code)
         return []
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         return self._loader.load_sweep_config(self._sweep_config, list(overrides))
 
-    def _launch(self, jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> int:
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Compose) -> int:
         raise NotImplementedError
 
 
 class PreviewLauncher(_Launcher):
-    def _launch(self, jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> int:
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Compose) -> int:
         from launchers import preview
 
         return preview.launch(jobs, compose)
 
 
 class LocalLauncher(_Launcher):
-    def _launch(self, jobs: Sequence[Sequence[str]], compose: Callable[[Sequence[str]], DictConfig]) -> int:
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Compose) -> int:
         from launchers import local
 
         return local.launch(jobs, compose)
@@ -67,6 +73,8 @@ class ProductSweeper(BasicSweeper):
         self._rows = [shlex.split(row) for row in rows or [""]]
 
     def sweep(self, arguments: list[str]) -> Any:
+        from launchers.grammar import expand
+
         assert self.hydra_context is not None and self.launcher is not None and self.config is not None
         if not isinstance(self.launcher, _Launcher):  # it would train without a plan and a manifest
             chosen = self.config.hydra.runtime.choices["hydra/launcher"]
@@ -87,7 +95,7 @@ class ProductSweeper(BasicSweeper):
                     f"{override.input_line}: gives no value, so there is nothing to run. glob(…) matches "
                     f"the options of a group, as in batch=glob(*)"
                 )
-        (jobs,) = self.split_arguments(overrides, max_batch_size=None)
+        jobs = expand(overrides, sweep_settings(self.config).zip)
         # Of two values Hydra takes the last: what the command line says counts for every row.
         points = [[*row, *job] for row in self._rows for job in jobs]
         return self.launcher.launch(points, initial_job_idx=0)

@@ -16,7 +16,8 @@ from types import FrameType
 from typing import IO, Literal
 
 from launchers import manifest
-from launchers.plan import Compose, Plan, Point, freeze, make_plan, state
+from launchers.compose import Compose
+from launchers.plan import Plan, Point, freeze, make_plan, state
 from launchers.preview import EXCUSES, show_heading, show_invalid
 from launchers.screen import conclude, screen
 from launchers.table import make_console, progress, say, tally

@@ -7,19 +7,20 @@ import hashlib
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from omegaconf import DictConfig
-
+from launchers.compose import Compose
+from launchers.exclude import Exclusions, summary
 from pipeline.config import Config, ConfigError, typed
 from pipeline.identity import complete, run_id
 from pipeline.store import RunDirectory, home, python
 
-Compose = Callable[[Sequence[str]], DictConfig]
 PointState = Literal["new", "running", "done", "failed", "cancelled", "preempted", "interrupted", "invalid"]
 
+_WRITERS = 16
 _NOT_AN_AXIS = ("launch", "track", "sweep", "hydra")  # settings that change no result
 
 
@@ -45,7 +46,10 @@ class Plan:
     points: list[Point]
     axes: list[str]  # in the order of the command line
     common: dict[str, str]  # what was given for all points alike
+    zips: list[list[str]]  # axes that are walked together
     duplicates: int  # points that are the same run as an earlier one
+    excluded: list[Point]  # left out by sweep.exclude: neither run nor invalid
+    unmet: list[str]  # the conditions of sweep.exclude that no point meets
 
     @property
     def valid(self) -> list[Point]:
@@ -59,14 +63,41 @@ class Plan:
 def make_plan(jobs: Iterable[Sequence[str]], compose: Compose) -> Plan:
     """Composes every job. One whose values cannot work together becomes an invalid point; a misspelt key or
     option or a wrong type raises, because it is a mistake whatever the other values are."""
-    points = [_point(list(overrides), compose(overrides)) for overrides in jobs]
-    _refuse_several_names(points)
-    axes, common = varying([point.overrides for point in points])
-    for point in points:
+    points: list[Point] = []
+    excluded: list[Point] = []
+    zips: list[list[str]] = []
+    exclusions = Exclusions()
+    fingerprints: dict[object, str] = {}
+    for overrides in jobs:
+        composed = compose(overrides)
+        config = typed(composed.settings)
+        zips = config.sweep.zip
+        if exclusions.leave_out(config, composed.choices):
+            excluded.append(Point({}, list(overrides), None, None, None))
+        else:
+            points.append(_point(list(overrides), config, fingerprints))
+    if excluded and not points:
+        raise ConfigError(
+            f"sweep.exclude: leaves out all of {len(excluded)} points, so there is nothing to run",
+            *summary(exclusions.met),
+        )
+    everything = [*points, *excluded]
+    _refuse_several_sweeps(everything)
+    axes, common = varying([point.overrides for point in everything])
+    for point in everything:
         point.axes.update((key, value) for key, value in _values(point.overrides).items() if key in axes)
     merged = _merge_duplicates(points)
     name = _sweep_name([point for point in merged if point.config], common)
-    return Plan(name, [_name(point, name) for point in merged], axes, common, len(points) - len(merged))
+    return Plan(
+        name=name,
+        points=[_name(point, name) for point in merged],
+        axes=axes,
+        common=common,
+        zips=zips,
+        duplicates=len(points) - len(merged),
+        excluded=excluded,
+        unmet=[condition for condition, count in exclusions.met.items() if not count],
+    )
 
 
 def varying(overrides: Sequence[Sequence[str]]) -> tuple[list[str], dict[str, str]]:
@@ -100,9 +131,15 @@ def state(point: Point) -> PointState:
 
 def freeze(plan: Plan) -> None:
     """Writes the run directory of every valid point that has none."""
-    for point in plan.valid:
-        assert point.config
-        point.directory.freeze(point.config)
+    # Side by side, because a disk gathers the syncs that it is asked for at the same time.
+    with ThreadPoolExecutor(_WRITERS) as pool:
+        for _ in pool.map(_freeze, plan.valid):
+            pass
+
+
+def _freeze(point: Point) -> None:
+    assert point.config
+    point.directory.freeze(point.config)
 
 
 def command_line() -> list[str]:
@@ -123,10 +160,9 @@ def compare(plan: Plan) -> str:
     return shlex.join([python(), "-m", "analysis", plan.name])
 
 
-def _point(overrides: list[str], tree: DictConfig) -> Point:
-    config = typed(tree)
+def _point(overrides: list[str], config: Config, fingerprints: dict[object, str]) -> Point:
     try:
-        config = complete(config)
+        config = complete(config, fingerprints)
         return Point({}, overrides, run_id(config), config, None)
     except ConfigError as error:
         return Point({}, overrides, None, None, str(error))
@@ -152,15 +188,20 @@ def _merge_duplicates(points: list[Point]) -> list[Point]:
     return list(merged.values())
 
 
-def _refuse_several_names(points: Sequence[Point]) -> None:
-    """A name is no part of a run's result, so points that differ in it alone would silently become one."""
-    pairs = (override.lstrip("+").partition("=") for point in points for override in point.overrides)
-    names = list(dict.fromkeys(value for key, _, value in pairs if key == "sweep.name"))
-    if len(names) > 1:
-        raise ConfigError(
-            f"sweep.name={','.join(names)}: a sweep has one name, such as sweep.name={names[0]}; "
-            f"for several sweeps give the command once for each"
-        )
+def _refuse_several_sweeps(points: Sequence[Point]) -> None:
+    """What is of the sweep is no part of a run's result, so points that differ in it alone would silently
+    become one."""
+    given: dict[str, list[str]] = {}
+    for override in (override for point in points for override in point.overrides):
+        key, _, value = override.lstrip("+").partition("=")
+        if key.startswith("sweep.") and value not in given.setdefault(key, []):
+            given[key].append(value)
+    for key, values in given.items():
+        if len(values) > 1:
+            raise ConfigError(
+                f"{key}={','.join(values)}: a sweep has one {key.removeprefix('sweep.')}, such as "
+                f"{key}={values[0]}; for several sweeps give the command once for each"
+            )
 
 
 def _sweep_name(points: list[Point], common: dict[str, str]) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from launchers import manifest
-from launchers.plan import Compose, Plan, Point, again, compare, make_plan, state
+from launchers.compose import Compose
+from launchers.plan import Plan, Point, again, compare, make_plan, state
 from launchers.table import (
     DASH,
     Column,
@@ -67,18 +68,31 @@ EXCUSES = {"done": "skipped", "running": "elsewhere, skipped", "invalid": "exclu
 
 def show_heading(console: Console, plan: Plan) -> None:
     """`sweep demo: 8 points = batch(4) × seed(2)`."""
-    sizes = {axis: len({p.axes[axis] for p in plan.points if axis in p.axes}) for axis in plan.axes}
-    whole = math.prod(sizes.values()) == len(plan.points) + plan.duplicates
+    sizes = _factors(plan)
+    whole = math.prod(sizes.values()) == len(plan.points) + plan.duplicates + len(plan.excluded)
     shown = [f"{axis}({size})" for axis, size in sizes.items() if size > 1]
     axes = (" × " if whole else ", ").join(shown)
     points = f"{len(plan.points)} point" + "s" * (len(plan.points) != 1)
     repeats = f", without {plan.duplicates} that repeat another" if plan.duplicates else ""
-    say(
-        console,
-        f"sweep {plan.name}: {points}" + (f" {'=' if whole else 'in'} {axes}" if axes else "") + repeats,
-    )
+    left_out = f", {len(plan.excluded)} left out by sweep.exclude" if plan.excluded else ""
+    what = f" {'=' if whole else 'in'} {axes}" if axes else ""
+    say(console, f"sweep {plan.name}: {points}{what}{repeats}{left_out}")
     if plan.common:
         say(console, "  all with " + " ".join(f"{key}={value}" for key, value in plan.common.items()))
+    for condition in plan.unmet:
+        say(console, f"  sweep.exclude: no point meets {condition}", style="yellow")
+
+
+def _factors(plan: Plan) -> dict[str, int]:
+    """How many values each axis takes; axes that are walked together count as one."""
+    group_of = {axis: group for group in plan.zips for axis in group}
+    factors: dict[str, int] = {}
+    for axis in plan.axes:
+        group = [other for other in group_of.get(axis, [axis]) if other in plan.axes]
+        values = {tuple(p.axes.get(other) for other in group) for p in (*plan.points, *plan.excluded)}
+        name = axis if len(group) == 1 else f"({', '.join(group)})"
+        factors[name] = len(values - {(None,) * len(group)})
+    return factors
 
 
 def show_points(console: Console, plan: Plan, states: Sequence[str], rates: Rates) -> None:

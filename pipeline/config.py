@@ -8,6 +8,7 @@ Nothing here imports torch: the command line, the preview and the launchers need
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import types
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 import pipeline.batch as batch_schedules
 import pipeline.optim as optimizers
@@ -214,6 +216,8 @@ class LaunchConfig:
 class SweepConfig:
     name: str | None
     strict: bool
+    zip: list[list[str]]
+    exclude: list[str]
 
 
 @dataclass(frozen=True)
@@ -297,14 +301,31 @@ T = TypeVar("T")
 def typed(tree: DictConfig) -> Config:
     """The typed config of what Hydra composed. Raises ConfigError for unknown keys, missing and mistyped
     values: mistakes in the request, whatever the other settings are."""
-    settings = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
-    if missing := sorted(OmegaConf.missing_keys(settings)):
-        raise ConfigError(
-            *(f"{k}: needs a value. An option of its group sets it: {k.partition('.')[0]}=…" for k in missing)
-        )
-    plain = OmegaConf.to_container(settings, resolve=True)
+    settings = tree
+    if "hydra" in tree:
+        settings = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+    try:
+        plain = OmegaConf.to_container(settings, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException:
+        if missing := sorted(OmegaConf.missing_keys(settings)):
+            raise ConfigError(
+                *(
+                    f"{k}: needs a value. An option of its group sets it: {k.partition('.')[0]}=…"
+                    for k in missing
+                )
+            ) from None
+        raise
     assert isinstance(plain, dict)
     return parse(plain)  # type: ignore[arg-type]
+
+
+def sweep_settings(tree: DictConfig) -> SweepConfig:
+    """Those of the sweep itself, of a tree whose other settings may still be swept. Raises ConfigError."""
+    problems: list[str] = []
+    sweep = _convert(SweepConfig, OmegaConf.to_container(tree.sweep, resolve=True), "sweep", problems)
+    if problems:
+        raise ConfigError(*problems)
+    return sweep
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
@@ -324,10 +345,16 @@ def to_tree(config: object) -> Any:
     return list(config) if isinstance(config, (list, tuple)) else config
 
 
+@functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The type of each field, with its marks. Kept, because reading them from text takes long."""
+    return get_type_hints(kind, include_extras=True)
+
+
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the schema, groups included."""
     keys = []
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in hints_of(kind).items():
         keys.append(prefix + name)
         if is_dataclass(hint):
             keys += known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
@@ -356,7 +383,7 @@ def _convert(kind: type[T], tree: Any, path: str, problems: list[str]) -> T:
         problems.append(f"{path}: is a group of settings, not {_show(tree)}")
         return None  # type: ignore[return-value]
     prefix = f"{path}." if path else ""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind)  # type: ignore[arg-type]
     problems += [unknown_key(f"{prefix}{key}") for key in tree if key not in hints]
     values = {}
     for name, hint in hints.items():
@@ -392,9 +419,10 @@ def _value(hint: Any, value: Any) -> Any:
         hit = nearest(str(value), list(arguments))
         raise ValueError(f"one of {', '.join(arguments)}" + (f". Did you mean {hit}?" if hit else ""))
     if origin is list:
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            kind = "counts of tokens" if get_origin(arguments[0]) else _NAMES[arguments[0]][1]
-            raise ValueError(f"a list of {kind} is needed, such as [a, b]")
+        nested = get_origin(arguments[0]) is list
+        if not _is_list(value) or (nested and not all(_is_list(item) for item in value)):
+            example = "[[a, b]]" if nested else "[a, b]"
+            raise ValueError(f"a list of {_plural(arguments[0])} is needed, such as {example}")
         return [_value(arguments[0], item) for item in value]
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
@@ -405,6 +433,16 @@ def _value(hint: Any, value: Any) -> Any:
     given = next((one for kind, (one, _) in _NAMES.items() if type(value) is kind), "a group or list")
     given = "nothing" if value is None else given
     raise ValueError(f"{_NAMES[hint][0]} is needed, not {given}")
+
+
+def _plural(hint: Any) -> str:
+    if get_origin(hint) is list:
+        return f"lists of {_plural(get_args(hint)[0])}"
+    return "counts of tokens" if get_origin(hint) else _NAMES[hint][1]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 # One and several values of a type, in a user's words.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from launchers.compose import Composer
+from launchers.grammar import expand
 from launchers.plan import Plan, make_plan
 from tests.support import ROOT
 
@@ -23,14 +25,23 @@ STUB = Path(__file__).with_name("stub_worker.py")
 
 def plan(*arguments: str) -> Plan:
     """The plan of `python -m pipeline -m …arguments`."""
-    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(list(arguments)), None)[0]
-    return make_plan(jobs, lambda overrides: _composed(tuple(overrides)))
+    overrides = OverridesParser.create().parse_overrides(list(arguments))
+    fixed = [
+        text for text, override in zip(arguments, overrides, strict=True) if not override.is_sweep_override()
+    ]
+    zips = OmegaConf.to_container(composed(fixed).sweep.zip)
+    return make_plan(expand(overrides, zips), Composer(composed, zips))
 
 
 @functools.cache
 def _composed(overrides: tuple[str, ...]) -> DictConfig:
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", list(overrides))
+        return compose("config", list(overrides), return_hydra_config=True)
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """Hydra's own composition, with its node."""
+    return copy.deepcopy(_composed(tuple(overrides)))
 
 
 class Stub:

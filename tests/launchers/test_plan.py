@@ -79,6 +79,8 @@ def test_a_name_that_is_no_directory_name_is_refused(home: Path, name: str) -> N
 def test_several_names_are_refused(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"^sweep\.name=a,b: a sweep has one name"):
         plan("seed=0", "sweep.name=a,b")
+    with pytest.raises(ConfigError, match=r"^sweep\.exclude=\['seed=1'\],\[\]: a sweep has one exclude"):
+        plan("seed=0,1", "sweep.exclude=['seed=1'],[]")
 
 
 def test_the_words_for_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
