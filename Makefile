@@ -44,6 +44,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.cli
+	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.statistics
 
