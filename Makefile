@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SLURM := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core
 
 .PHONY: demo test lint bench browser slurm clean
 .DEFAULT_GOAL := demo
@@ -29,13 +30,13 @@ browser:     # for the tests that open the report
 
 slurm:       # for the tests that submit; they start the daemons themselves, so policy-rc.d forbids it to apt
 	@PATH="$$PATH:/usr/sbin"; policy=/usr/sbin/policy-rc.d; \
-	type slurmctld slurmd sbatch munged >/dev/null 2>&1 \
+	type slurmctld slurmd sbatch munged slurmdbd mariadbd >/dev/null 2>&1 \
 	  || { [ "$$(id -u)" = 0 ] \
 	       && { [ -e $$policy ] || { trap "rm -f $$policy" EXIT INT TERM; \
 	            printf '#!/bin/sh\nexit 101\n' >$$policy && chmod +x $$policy; }; } \
 	       && apt-get update -qq \
-	       && apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge >/dev/null; } \
-	  || echo "No SLURM: the tests that submit to it are skipped. Remedy: apt install slurmctld slurmd slurm-client munge"
+	       && apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; } \
+	  || echo "No SLURM: the tests that submit to it are skipped. Remedy: apt install $(SLURM)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

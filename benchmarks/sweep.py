@@ -1,7 +1,8 @@
-"""How long a sweep of many points takes to plan: python -m benchmarks.sweep [--points N] [--json]
+"""How long a sweep of many points takes to plan and submit: python -m benchmarks.sweep [--points N] [--json]
 
-The preview is the real command in a fresh process; its parts are measured in this one. Exit code 1 when a
-figure misses its target.
+Preview, submission and status are the real commands in fresh processes; their parts are measured in this one.
+The cluster is a real one on this machine, whose nodes are out of service, so that nothing trains; without
+SLURM its figures are left out. Exit code 1 when a figure misses its target.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,6 +30,8 @@ from launchers.compose import Composer
 from launchers.grammar import expand
 from launchers.plan import Plan, freeze, make_plan
 from pipeline.overrides import CONF
+from pipeline.store import RunDirectory
+from tests.slurm.cluster import Cluster, missing
 
 ROOT = CONF.parent
 
@@ -55,8 +59,9 @@ def measure(points: int) -> Iterator[Figure]:
     words = arguments(points)
     jobs = expand(OverridesParser.create().parse_overrides(words), zips=[])
     timed = functools.partial(_timed, len(jobs))
+    preview = ["pipeline", "-m", *words, "hydra/launcher=preview"]
     with _home():
-        yield timed("preview, the command", lambda: _preview(words), target_s=15.0)
+        yield timed("preview, the command", lambda: _command(*preview), target_s=15.0)
     with _home(), initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         composer = Composer(_composed, zips=[])
         yield timed("compose", lambda: [composer(job) for job in jobs])
@@ -64,10 +69,36 @@ def measure(points: int) -> Iterator[Figure]:
         yield timed(
             "compose, check, name", lambda: plans.append(make_plan(jobs, Composer(_composed, zips=[])))
         )
-        yield timed("freeze", lambda: freeze(plans[0]), target_s=10.0)
-        yield timed("freeze again", lambda: freeze(plans[0]))
-        yield timed("manifest", lambda: manifest.write(plans[0]))
-        yield timed("manifest again", lambda: manifest.write(plans[0]))
+        yield timed("freeze", lambda: freeze(plans[0].valid), target_s=10.0)
+        yield timed("freeze again", lambda: freeze(plans[0].valid))
+        yield timed("manifest", lambda: manifest.write(plans[0], "slurm"))
+        yield timed("manifest again", lambda: manifest.write(plans[0], "slurm"))
+    if lacking := missing():
+        print(f"nothing is submitted: apt install {lacking}", file=sys.stderr)
+        return
+    with _home() as home, Cluster() as cluster, unittest.mock.patch.dict(os.environ, cluster.environment):
+        for node in cluster.nodes:
+            cluster.drain(node)
+        sweep = [*words, "sweep.name=s", "launch.device=cpu"]
+        submit = ["pipeline", "-m", *sweep, "hydra/launcher=slurm"]
+        yield timed("submit, the command", lambda: _command(*submit), target_s=30.0)
+        yield timed("submit again", lambda: _command(*submit))
+        for run in (home / "runs").iterdir():
+            _pretend_to_train(RunDirectory(run))
+        yield timed("status, the command", lambda: _command("launchers", "status", "s"), target_s=2.0)
+
+
+def _pretend_to_train(run: RunDirectory) -> None:
+    """A record as long as that of some hundred steps."""
+    run.update_status(attempt=1, step=400, tokens_seen=400_000)
+    row = {
+        "tokens": 400_000,
+        "attempt": 1,
+        "train/loss": 3.0,
+        "batch/size": 32,
+        "throughput/tokens_per_s": 1e4,
+    }
+    run.metrics_file.write_text("".join(json.dumps({"step": step, **row}) + "\n" for step in range(400)))
 
 
 def _timed(points: int, what: str, action: Callable[[], object], target_s: float | None = None) -> Figure:
@@ -77,14 +108,14 @@ def _timed(points: int, what: str, action: Callable[[], object], target_s: float
 
 
 @contextmanager
-def _home() -> Iterator[None]:
+def _home() -> Iterator[Path]:
     """A CRESCENDO_HOME of its own, among the temporary files."""
     with tempfile.TemporaryDirectory() as home, unittest.mock.patch.dict(os.environ, CRESCENDO_HOME=home):
-        yield
+        yield Path(home)
 
 
-def _preview(words: list[str]) -> None:
-    command = [sys.executable, "-m", "pipeline", "-m", *words, "hydra/launcher=preview"]
+def _command(*words: str) -> None:
+    command = [sys.executable, "-m", *words]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"{command} ended with {result.returncode}:\n{result.stderr}")

@@ -58,6 +58,13 @@ class LocalLauncher(_Launcher):
         return local.launch(jobs, compose)
 
 
+class SlurmLauncher(_Launcher):
+    def _launch(self, jobs: Sequence[Sequence[str]], compose: Compose) -> int:
+        from launchers import slurm
+
+        return slurm.launch(jobs, compose)
+
+
 def _launchers() -> list[str]:
     options = Path(__file__).resolve().parents[1] / "conf" / "hydra" / "launcher"
     return sorted(option.stem for option in options.glob("*.yaml"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from pipeline.config import Config, ConfigError, hints_of, nearest, parse_tokens
+from pipeline.overrides import no_such_option, options_of
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
@@ -79,7 +80,7 @@ def _comparisons(condition: str) -> list[Comparison]:
 def _holds(comparison: Comparison, config: Config, choices: Mapping[str, str | None]) -> bool:
     name, compare = comparison.name, _OPERATORS[comparison.operator]
     if name in choices:
-        return compare(choices[name], _right_side(comparison, str))
+        return compare(choices[name], _option(comparison))
     kinds = comparable()
     if name not in kinds:
         hint = nearest(name, [*(group for group in choices if "/" not in group), *kinds])
@@ -89,6 +90,15 @@ def _holds(comparison: Comparison, config: Config, choices: Mapping[str, str | N
     if left is None and comparison.operator in _ORDER:  # what is not set has no place in an order
         return False
     return compare(left, right)
+
+
+def _option(comparison: Comparison) -> str | None:
+    """The right side where the left one is a group."""
+    option: str | None = _right_side(comparison, str)
+    options = options_of(comparison.name)
+    if option is not None and options and option not in options:
+        raise _problem(comparison.text, no_such_option(comparison.name, option, options))
+    return option
 
 
 @functools.cache

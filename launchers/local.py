@@ -17,9 +17,11 @@ from typing import IO, Literal
 
 from launchers import manifest
 from launchers.compose import Compose
-from launchers.plan import Plan, Point, freeze, make_plan, state
-from launchers.preview import EXCUSES, show_heading, show_invalid
+from launchers.plan import Plan, Point, PointState, freeze, make_plan, state
+from launchers.preview import EXCUSES, introduce
+from launchers.scheduler import queue_of
 from launchers.screen import conclude, screen
+from launchers.state import UNFINISHED, Queue
 from launchers.table import make_console, progress, say, tally
 from pipeline.config import Config
 from pipeline.worker import SHUTDOWN_TIMEOUT_S, STOP_GRACE_S, threads_per_rank
@@ -39,21 +41,19 @@ def launch(jobs: Sequence[Sequence[str]], compose: Compose) -> int:
     return run_plan(make_plan(progress(jobs, "composing"), compose))
 
 
-def run_plan(plan: Plan, command: Command = worker_command) -> int:
+def run_plan(plan: Plan, command: Command = worker_command, known: bool = False) -> int:
+    """`known`: the sweep's manifest holds the points already. The exit code as above."""
     console = make_console()
-    show_heading(console, plan)
-    show_invalid(console, plan)
-    strict = any(point.config and point.config.sweep.strict for point in plan.points)
-    if not plan.valid or (plan.invalid and strict):
-        why = "sweep.strict=true and a point is invalid" if plan.valid else "no point is valid"
-        console.print()
-        say(console, f"Nothing was run: {why}.")
+    if not introduce(console, plan):
         return 2
-    freeze(plan)
-    manifest.write(plan)
+    queue = queue_of(point.directory.status() for point in plan.valid)
+    states = [state(point, queue) for point in plan.points]
+    freeze([point for point, s in zip(plan.points, states, strict=True) if s in UNFINISHED])
+    if not known:
+        manifest.write(plan, "local")
     console.print()
-    say(console, f"{tally((state(point) for point in plan.points), EXCUSES)}.")
-    sweep = LocalSweep(plan, command)
+    say(console, f"{tally(states, EXCUSES)}.")
+    sweep = LocalSweep(plan, queue, command)
     with stop_signal() as stop, screen(console, plan) as view:
         try:
             while sweep.unfinished and not stop.number:
@@ -79,11 +79,13 @@ class Worker:
 
 class LocalSweep:
     """The workers of one sweep. `states` says for each run: waiting, running, done, failed, cancelled or
-    elsewhere (another process holds it); at the end also the state that another process left behind."""
+    elsewhere (another process or the cluster has it); at the end also the state that was left behind there.
+    """
 
-    def __init__(self, plan: Plan, command: Command) -> None:
-        self._plan, self._command = plan, command
-        done = {run_of(point) for point in plan.valid if state(point) == "done"}
+    def __init__(self, plan: Plan, queue: Queue | None, command: Command) -> None:
+        self._plan, self._queue, self._command = plan, queue, command
+        self._began = time.time()
+        done = {run_of(point) for point in plan.valid if self._state(point) == "done"}
         self._waiting = deque(point for point in plan.valid if point.run not in done)
         self._workers: dict[str, Worker] = {}
         self.states = {run_of(p): "done" if p.run in done else "waiting" for p in plan.valid}
@@ -105,11 +107,13 @@ class LocalSweep:
         while self._waiting and len(self._workers) < self._limit:
             point = self._waiting.popleft()
             # Looked up now, not when the sweep was planned: another launcher may have been at it since.
-            match state(point):
+            match self._state(point):
                 case "done":
                     self.states[run_of(point)] = "done"
-                case "running":
+                case "running" | "queued":
                     self.states[run_of(point)] = "elsewhere"
+                case "cancelled" if self._cancelled_meanwhile(point):
+                    self.states[run_of(point)] = "cancelled"
                 case _:
                     self._start(point)
             changed.append(point)
@@ -136,20 +140,28 @@ class LocalSweep:
         changed = []
         for point in self._plan.valid:
             run = run_of(point)
-            left = state(point)
-            if self.states[run] == "elsewhere" and left != "running":
+            left = self._state(point)
+            if self.states[run] == "elsewhere" and left not in ("running", "queued"):
                 self.states[run] = "waiting" if left == "new" else left
                 manifest.link_wandb(self._plan.name, run)
                 changed.append(point)
         return changed
 
+    def _state(self, point: Point) -> PointState:
+        return state(point, self._queue)
+
+    def _cancelled_meanwhile(self, point: Point) -> bool:
+        """By `launchers cancel`, while the point waited here; what was cancelled before the sweep is run."""
+        status = point.directory.status()
+        return status is not None and (status.updated or 0) > self._began
+
     @property
     def _limit(self) -> int:
-        return _config(self._plan.valid[0]).launch.max_parallel
+        return _config(self._plan.valid[0]).launch.max_parallel or 1
 
     def _start(self, point: Point) -> None:
         run, config = point.directory, _config(point)
-        threads = threads_per_rank(config, self._limit)
+        threads = threads_per_rank(config, self._limit * config.parallel.world_size)
         run.logs.mkdir(parents=True, exist_ok=True)
         log = open(run.logs / "launcher.log", "ab")  # noqa: SIM115 - closed when the worker has ended
         process = subprocess.Popen(
@@ -169,12 +181,12 @@ class LocalSweep:
         _kill_group(worker)  # ranks that outlived their supervisor
         worker.log.close()
         del self._workers[run.id]
-        left = state(worker.point)
-        if left in ("new", "interrupted"):
+        left = self._state(worker.point)
+        if left in ("new", "lost"):
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             error = f"the worker was {how}" if code < 0 else f"the worker {how} without a word"
             run.update_status(state=verdict, exit_code=code, error=error)
-            left = state(worker.point)
+            left = self._state(worker.point)
         self.states[run.id] = "elsewhere" if left == "running" else left
         manifest.link_wandb(self._plan.name, run.id)
 

@@ -1,6 +1,8 @@
 """sweeps/<name>/: which runs belong to a sweep, and their wandb files side by side.
 
-    manifest.json  name, created, command, axes, common, points: [{run, axes, overrides, problem, command}]
+    manifest.json  name, created, command, launcher, axes, common,
+                   points: [{run, axes, overrides, problem, command}]
+                   jobs: [{name, kind, shape, runs, ids, released}]: batches sent to a cluster, see slurm.py
     wandb/         relative links to runs/<id>/wandb/offline-run-*, for wandb leet and wandb sync
 
 A manifest only grows: the same command again, or another with the same sweep.name, adds its points. The
@@ -14,15 +16,23 @@ import contextlib
 import fcntl
 import json
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from launchers.plan import Plan, command_line
+from launchers.table import say
+from pipeline.config import ConfigError, nearest
 from pipeline.store import home, write_atomically
 
+_PATIENCE_S = 600  # for another submission
+
 Manifest = dict[str, Any]
+Job = dict[str, Any]
 
 
 def path(sweep: str) -> Path:
@@ -32,9 +42,20 @@ def path(sweep: str) -> Path:
 def read(sweep: str) -> Manifest | None:
     try:
         manifest: Manifest = json.loads(path(sweep).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return manifest
+    # Sweeps of before there were clusters.
+    return {"launcher": "local", "jobs": []} | manifest
+
+
+def load(sweep: str) -> Manifest:
+    """Raises ConfigError, naming the nearest sweep, when there is none of this name."""
+    if manifest := read(sweep):
+        return manifest
+    hint = nearest(sweep, names())
+    raise ConfigError(
+        f"{sweep}: no such sweep in {home() / 'sweeps'}." + (f" Did you mean {hint}?" if hint else "")
+    )
 
 
 def holds(plan: Plan) -> bool:
@@ -43,13 +64,20 @@ def holds(plan: Plan) -> bool:
     return all(point.run in listed for point in plan.valid)
 
 
-def write(plan: Plan) -> None:
+def names() -> list[str]:
+    """All sweeps, the newest last."""
+    found = (home() / "sweeps").glob("*/manifest.json")
+    return [file.parent.name for file in sorted(found, key=lambda file: file.stat().st_mtime)]
+
+
+def write(plan: Plan, launcher: str) -> None:
     """Writes the plan into the sweep's manifest, beside the points that earlier commands put there."""
     command = command_line()
     manifest = {
         "name": plan.name,
         "created": int(time.time()),
         "command": command,
+        "launcher": launcher,
         "axes": plan.axes,
         "common": plan.common,
         "points": [
@@ -62,9 +90,21 @@ def write(plan: Plan) -> None:
             }
             for p in plan.points
         ],
+        "jobs": [],
     }
     with _alone(path(plan.name).parent):
-        write_atomically(path(plan.name), json.dumps(merge(read(plan.name), manifest), indent=1) + "\n")
+        _write(merge(read(plan.name), manifest))
+
+
+def change_jobs(sweep: str, change: Callable[[list[Job]], list[Job]]) -> None:
+    """Replaces the jobs of a sweep's manifest by what `change` makes of them."""
+    with _alone(path(sweep).parent):
+        manifest = load(sweep)
+        _write(manifest | {"jobs": change(manifest["jobs"])})
+
+
+def _write(manifest: Manifest) -> None:
+    write_atomically(path(manifest["name"]), json.dumps(manifest, indent=1) + "\n")
 
 
 def merge(old: Manifest | None, new: Manifest) -> Manifest:
@@ -86,6 +126,7 @@ def merge(old: Manifest | None, new: Manifest) -> Manifest:
     fixed = {tuple(sorted(point["overrides"])) for point in new["points"] if point["run"]}
     return new | {
         "created": old["created"],
+        "jobs": [*old["jobs"], *new["jobs"]],
         "axes": axes,
         "common": {key: new["common"][key] for key in new["common"] if key in shared},
         "points": [point for key, point in points.items() if key not in fixed],
@@ -108,3 +149,33 @@ def _alone(directory: Path) -> Iterator[None]:
     with open(directory / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def only_submitter(console: Console) -> Iterator[None]:
+    """Two submissions at once would both find that a run is not queued yet. Raises ConfigError when another
+    one does not come to its end."""
+    lock = home() / "sweeps" / "lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "a+", encoding="utf-8") as file:
+        deadline, told = time.monotonic() + _PATIENCE_S, False
+        while not _locked(file.fileno()):
+            file.seek(0)
+            if time.monotonic() > deadline:
+                raise ConfigError(f"{lock}: still held after {_PATIENCE_S} s by {file.read().strip()}")
+            if not told:
+                say(console, f"Waiting for another submission ({file.read().strip()}) …")
+                told = True
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
+        file.flush()
+        yield
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

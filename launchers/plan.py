@@ -10,15 +10,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from launchers.compose import Compose
 from launchers.exclude import Exclusions, summary
+from launchers.state import Queue, RunState, run_state
 from pipeline.config import Config, ConfigError, typed
 from pipeline.identity import complete, run_id
 from pipeline.store import RunDirectory, home, python
 
-PointState = Literal["new", "running", "done", "failed", "cancelled", "preempted", "interrupted", "invalid"]
+PointState = RunState | Literal["invalid"]
 
 _WRITERS = 16
 _NOT_AN_AXIS = ("launch", "track", "sweep", "hydra")  # settings that change no result
@@ -108,32 +110,15 @@ def varying(overrides: Sequence[Sequence[str]]) -> tuple[list[str], dict[str, st
     return axes, {key: values[0][key] for key in keys if key not in axes}
 
 
-def state(point: Point) -> PointState:
-    """Where the point's run stands, by its files and its lock."""
-    if not point.run:
-        return "invalid"
-    status = point.directory.status()
-    if status is None:
-        return "new"
-    if status.state == "DONE":
-        return "done"
-    if point.directory.is_locked():
-        return "running"
-    states: dict[str, PointState] = {
-        "PENDING": "new",
-        "RUNNING": "interrupted",  # nobody holds the lock: it died without a word
-        "FAILED": "failed",
-        "PREEMPTED": "preempted",
-        "CANCELLED": "cancelled",
-    }
-    return states[status.state]
+def state(point: Point, queue: Queue | None) -> PointState:
+    return run_state(point.directory, point.directory.status(), queue) if point.run else "invalid"
 
 
-def freeze(plan: Plan) -> None:
-    """Writes the run directory of every valid point that has none."""
+def freeze(points: Sequence[Point]) -> None:
+    """Writes the run directories of these points."""
     # Side by side, because a disk gathers the syncs that it is asked for at the same time.
     with ThreadPoolExecutor(_WRITERS) as pool:
-        for _ in pool.map(_freeze, plan.valid):
+        for _ in pool.map(_freeze, points):
             pass
 
 
@@ -143,16 +128,15 @@ def _freeze(point: Point) -> None:
 
 
 def command_line() -> list[str]:
-    """The command that asked for this sweep."""
-    return [python(), "-m", "pipeline", *sys.argv[1:]]
+    """The command that asked for this sweep: python -m pipeline, or python -m launchers resume."""
+    module = "launchers" if Path(sys.argv[0]).parent.name == "launchers" else "pipeline"
+    return [python(), "-m", module, *sys.argv[1:]]
 
 
-def again(launcher: str | None = None) -> str:
-    """The command to type for the same sweep, with another launcher if one is named."""
-    words = command_line()
-    if launcher:
-        words = [*(w for w in words if not w.startswith("hydra/launcher=")), f"hydra/launcher={launcher}"]
-    return shlex.join(words)
+def again(*changes: str) -> str:
+    """The command to type for the same sweep, with changes such as hydra/launcher=slurm."""
+    changed = tuple(change.partition("=")[0] + "=" for change in changes)
+    return shlex.join([*(word for word in command_line() if not word.startswith(changed)), *changes])
 
 
 def compare(plan: Plan) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -14,6 +14,9 @@ from rich.console import Console
 from launchers import manifest
 from launchers.compose import Compose
 from launchers.plan import Plan, Point, again, compare, make_plan, state
+from launchers.scheduler import SchedulerError, available, queue_of
+from launchers.shapes import Shape, by_shape
+from launchers.state import UNFINISHED
 from launchers.table import (
     DASH,
     Column,
@@ -49,21 +52,51 @@ def launch(jobs: Sequence[Sequence[str]], compose: Compose) -> int:
     plan = make_plan(progress(jobs, "composing"), compose)
     show_heading(console, plan)
     rates = Rates()
-    states = [state(point) for point in plan.points]
+    queue = queue_of(point.directory.status() for point in plan.valid)
+    states = [state(point, queue) for point in plan.points]
     show_points(console, plan, states, rates)
     show_invalid(console, plan)
     console.print()
-    todo = [p for p, s in zip(plan.points, states, strict=True) if s not in ("done", "running", "invalid")]
+    todo = [p for p, s in zip(plan.points, states, strict=True) if s in UNFINISHED]
     say(console, f"{tally(states, EXCUSES)}. Nothing was written.")
     say(console, *_estimate(todo, rates))
+    if todo and available():
+        _show_cluster(console, plan.name, todo, rates)
     if plan.valid and not todo and manifest.holds(plan):
         show_command(console, "compare", compare(plan))
     elif plan.valid:  # also when all is done: running the sweep writes the manifest that compare needs
-        show_command(console, "run", again("local"))
+        show_command(console, "run", again("hydra/launcher=local"))
     return 2 if plan.invalid else 0
 
 
-EXCUSES = {"done": "skipped", "running": "elsewhere, skipped", "invalid": "excluded"}
+def _show_cluster(console: Console, sweep: str, todo: Sequence[Point], rates: Rates) -> None:
+    """What it would be asked for, and whether it would take it."""
+    from launchers.slurm import earliest_starts
+
+    shapes = by_shape([(point, point.config) for point in todo if point.config])
+    try:
+        starts = earliest_starts(sweep, shapes)
+    except SchedulerError as error:
+        say(console, "", *str(error).splitlines(), style="yellow")
+        return
+    show_shapes(console, shapes, rates, starts)
+    show_command(console, "submit", again("hydra/launcher=slurm"))
+
+
+EXCUSES = {"done": "skipped", "queued": "skipped", "running": "elsewhere, skipped", "invalid": "excluded"}
+
+
+def introduce(console: Console, plan: Plan) -> bool:
+    """Shows the plan's heading and its invalid points. Whether there is something to run."""
+    show_heading(console, plan)
+    show_invalid(console, plan)
+    strict = any(point.config and point.config.sweep.strict for point in plan.points)
+    if plan.valid and not (plan.invalid and strict):
+        return True
+    why = "sweep.strict=true and a point is invalid" if plan.valid else "no point is valid"
+    console.print()
+    say(console, f"Nothing was run: {why}.")
+    return False
 
 
 def show_heading(console: Console, plan: Plan) -> None:
@@ -206,12 +239,39 @@ def _estimate(points: Sequence[Point], rates: Rates) -> list[str]:
     tokens = count(sum(config.trained_tokens for config in configs))
     if not seconds:
         return [f"{tokens} tokens to train; no finished run here to estimate the time from."]
-    at_a_time = min(configs[0].launch.max_parallel, len(configs))
+    at_a_time = min(configs[0].launch.max_parallel or 1, len(configs))
     known = "" if len(seconds) == len(configs) else f" for {len(seconds)} of {len(configs)} runs"
     return [
         f"{tokens} tokens to train, about {duration(sum(seconds) / at_a_time)}{known}, {at_a_time} at a time "
         f"(from the median tokens/s of finished runs with the same model, mesh and sequence length)."
     ]
+
+
+def show_shapes(
+    console: Console,
+    shapes: Mapping[Shape, Sequence[Point]],
+    rates: Rates,
+    starts: Mapping[Shape, str | None],
+) -> None:
+    """What the cluster is asked for, one line for each kind of job."""
+    unit = "GPU-hours" if any(shape.gpus_per_node for shape in shapes) else "rank-hours"
+    estimates = [_device_hours(shape, points, rates) for shape, points in shapes.items()]
+    limits = [len(points) * shape.device_hours for shape, points in shapes.items()]
+    columns = [
+        Column("jobs of", list(map(str, shapes)), "left"),
+        Column("runs", [str(len(points)) for points in shapes.values()]),
+        Column(f"est. {unit}", [DASH if e is None else f"{e:,.1f}" for e in estimates], optional=2),
+        Column("at the time limit", [f"{limit:,.1f}" for limit in limits]),
+        Column("earliest start", [starts.get(shape) or DASH for shape in shapes], "left", optional=1),
+    ]
+    console.print()
+    console.print(table(columns, screen_width(console)), soft_wrap=True)
+
+
+def _device_hours(shape: Shape, points: Sequence[Point], rates: Rates) -> float | None:
+    seconds = [rates.seconds(point.config) for point in points if point.config]
+    known = [each for each in seconds if each is not None]
+    return shape.devices * statistics.mean(known) * len(points) / 3600 if known else None
 
 
 def _ranks(point: Point) -> str:

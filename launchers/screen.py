@@ -39,7 +39,7 @@ TRACEBACK_LINES = 6
 _TAIL_BYTES = 8192
 _ENOUGH_FOR_AN_ESTIMATE = 0.03  # share of the remaining tokens; before it, starting up dominates the speed
 
-_NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?", re.IGNORECASE)
 
 States = Mapping[str, str]  # run -> waiting, running, done, failed, cancelled, elsewhere
 
@@ -274,7 +274,7 @@ def conclude(console: Console, plan: Plan, states: States, signal_number: int | 
         say(console, f"Stopped by {cause}: {tally(states.values(), {})}.")
         show_command(console, "continue", again())
         return
-    if {"failed", "cancelled", "preempted", "interrupted"} & set(states.values()):
+    if {"failed", "cancelled", "preempted", "lost"} & set(states.values()):
         show_command(console, "retry", again())
     wandb = home() / "sweeps" / plan.name / "wandb"
     if any(wandb.glob("*")):
@@ -291,7 +291,7 @@ def show_failures(console: Console, points: Sequence[Point]) -> None:
     """Each error once, whatever its numbers, with the runs it ended and the last words of the first."""
     errors: dict[str, list[Point]] = {}
     for point in points:
-        errors.setdefault(_NUMBER.sub("0", _error(point)), []).append(point)
+        errors.setdefault(NUMBER.sub("0", _error(point)), []).append(point)
     for alike in errors.values():
         error = _error(alike[0])
         console.print()

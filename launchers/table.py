@@ -20,7 +20,7 @@ STYLES = {
     "running": "cyan",
     "failed": "bold red",
     "invalid": "red",
-    "interrupted": "yellow",
+    "lost": "yellow",
     "preempted": "yellow",
     "cancelled": "yellow",
 }

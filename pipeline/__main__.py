@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from pipeline.batch import schedule_class
 from pipeline.config import Config, typed
 from pipeline.identity import complete
-from pipeline.overrides import CONF, explain, group_names, options_of
+from pipeline.overrides import CONF, group_names, options_of, run_command
 from pipeline.store import RunDirectory
 
 
@@ -20,27 +20,18 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of Hydra's own report and exit code 1
     arguments = sys.argv[1:]
     sys.argv = ["python -m pipeline", *_normalised(arguments)]
-    try:
-        if {"--help", "-h"} & set(arguments):
-            print(_help(), flush=True)
-            return 0
-        trees = _composed()
-        configs = [complete(typed(tree)) for tree in trees]
-        _warn_of_unread_settings(configs, arguments)
-        return max((_run(config) for config in configs), default=0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        problems = explain(error, arguments)
-        if problems is None:
-            raise
-        print(*problems, sep="\n", file=sys.stderr)
-        print("All settings and options: python -m pipeline --help", file=sys.stderr)
-        return 2
+    hint = "All settings and options: python -m pipeline --help"
+    return run_command(lambda: _command(arguments), arguments, hint)
+
+
+def _command(arguments: list[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        print(_help())
+        return 0
+    trees = _composed()
+    configs = [complete(typed(tree)) for tree in trees]
+    _warn_of_unread_settings(configs, arguments)
+    return max((_run(config) for config in configs), default=0)
 
 
 def _normalised(arguments: list[str]) -> list[str]:

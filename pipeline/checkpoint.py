@@ -20,7 +20,6 @@ import dataclasses
 import io
 import json
 import pickle
-import re
 import shutil
 import warnings
 import zipfile
@@ -225,7 +224,7 @@ class Checkpointer:
         with contextlib.suppress(OSError):  # what cannot be removed now is removed after the next one
             for torn in self._run.checkpoints.glob("torn-*"):
                 shutil.rmtree(torn, ignore_errors=True)
-            for old in complete(self._run)[: -self._keep]:
+            for old in self._run.complete_checkpoints()[: -self._keep]:
                 shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
 
     def _tensors(self) -> dict[str, Any]:
@@ -237,7 +236,7 @@ class Checkpointer:
         return self._run.checkpoints / f"step-{progress.step:08d}"
 
     def _newest(self) -> int | None:
-        paths = complete(self._run)
+        paths = self._run.complete_checkpoints()
         return _step(paths[-1]) if paths else None
 
     # --- resuming
@@ -252,7 +251,8 @@ class Checkpointer:
             for left in self._run.checkpoints.glob("partial-*"):
                 shutil.rmtree(left, ignore_errors=True)
         torn: dict[Path, str] = {}
-        for path in reversed(self._together(lambda _: complete(self._run), self._run.checkpoints)[0]):
+        complete = self._together(lambda _: self._run.complete_checkpoints(), self._run.checkpoints)[0]
+        for path in reversed(complete):
             if found := self._first_found(self._look, path) or self._first_found(self._load, path):
                 torn[path] = found
                 continue
@@ -341,18 +341,10 @@ class Checkpointer:
         return seen
 
 
-def complete(run: RunDirectory) -> list[Path]:
-    """The checkpoints of a run that were written to the end, oldest first."""
-    try:
-        return sorted(path for path in run.checkpoints.iterdir() if re.fullmatch(r"step-\d+", path.name))
-    except FileNotFoundError:
-        return []
-
-
 def by_tokens(run: RunDirectory) -> dict[int, Path]:
     """The readable checkpoints of a run by the tokens seen there."""
     length, found = run.config().data.sequence_length, {}
-    for path in complete(run):
+    for path in run.complete_checkpoints():
         with contextlib.suppress(_Damaged, FileNotFoundError):  # the latter: its run has pruned it meanwhile
             found[read_progress(path)["sequences"] * length] = path
     return found
@@ -388,7 +380,7 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     """The newest whole checkpoint's parameters by name, without a model or other ranks."""
-    for path in reversed(complete(run)):
+    for path in reversed(run.complete_checkpoints()):
         try:
             if found := damage(path):
                 report(f"checkpoint at step {_step(path)} is damaged: {found}; an older one is read")

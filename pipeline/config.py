@@ -206,10 +206,21 @@ class TrackConfig:
 @dataclass(frozen=True)
 class LaunchConfig:
     device: Literal["auto", "cpu", "cuda"]
-    nodes: PositiveInt
+    nodes: PositiveInt | None
     gpus_per_node: PositiveInt | None
     cpus_per_task: PositiveInt | None
-    max_parallel: PositiveInt
+    max_parallel: PositiveInt | None
+    mem_gb: PositiveFloat | None
+    minutes: PositiveInt
+    warning_s: PositiveInt
+    partition: str | None
+    qos: str | None
+    account: str | None
+    constraint: str | None
+    setup: list[str]
+    sbatch: list[str]
+    pack: PositiveInt
+    confirm_gpu_hours: float
 
 
 @dataclass(frozen=True)
@@ -277,6 +288,16 @@ class Config:
     @property
     def trained_tokens(self) -> int:
         return self.trained_sequences * self.data.sequence_length
+
+    @property
+    def nodes(self) -> int:
+        """Machines that the ranks are spread over, equally."""
+        per_node = self.launch.gpus_per_node or self.parallel.world_size
+        return self.launch.nodes or -(-self.parallel.world_size // per_node)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.parallel.world_size // self.nodes
 
     @property
     def batch_unit(self) -> int:
@@ -473,11 +494,12 @@ def _whole_mesh(parallel: ParallelConfig, launch: LaunchConfig) -> ParallelConfi
         raise ConfigError(f"{key} and parallel.{open_axes[1]}=-1: only one axis can be the rest of the ranks")
     if launch.gpus_per_node is None:
         raise ConfigError(f"{key}: the rest of how many ranks? Set launch.gpus_per_node (and launch.nodes)")
-    ranks = launch.nodes * launch.gpus_per_node
+    nodes = launch.nodes or 1
+    ranks = nodes * launch.gpus_per_node
     others = math.prod(n for other, n in parallel.mesh.items() if other != axis)
     if ranks % others:
         raise ConfigError(
-            f"{key}: launch.nodes={launch.nodes} × launch.gpus_per_node={launch.gpus_per_node} = {ranks} "
+            f"{key}: launch.nodes={nodes} × launch.gpus_per_node={launch.gpus_per_node} = {ranks} "
             f"ranks cannot be divided by the other axes' {others}. Nearest number of ranks: "
             f"{nearest_multiples(ranks, others)}"
         )
@@ -518,6 +540,7 @@ def check(config: Config) -> None:
         *_check_data(config),
         *_check_batch(config),
         *_check_optimisation(config),
+        *_check_launch(config),
     ]
     if problems:
         raise ConfigError(*problems)
@@ -593,13 +616,19 @@ def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]
             f"parallel.compile=true: not with parallel={parallel.strategy}. torch 2.13 compiles a block of "
             f"DTensors into wrong gradients or fails in the backward pass; use parallel.compile=false"
         )
-    if launch.gpus_per_node and launch.nodes * launch.gpus_per_node != parallel.world_size:
-        mesh = " × ".join(f"{axis} {n}" for axis, n in parallel.mesh.items())
-        ranks = launch.nodes * launch.gpus_per_node
+    mesh = " × ".join(f"{axis} {n}" for axis, n in parallel.mesh.items())
+    ranks, nodes, per_node = parallel.world_size, launch.nodes, launch.gpus_per_node
+    if nodes and per_node and nodes * per_node != ranks:
         hint = f", or set parallel.{used[-1]}=-1 for all the rest" if used else ""
         problems.append(
-            f"parallel: {mesh} = {parallel.world_size} ranks, but launch.nodes={launch.nodes} × "
-            f"launch.gpus_per_node={launch.gpus_per_node} = {ranks}. Make them equal{hint}"
+            f"parallel: {mesh} = {ranks} ranks, but launch.nodes={nodes} × "
+            f"launch.gpus_per_node={per_node} = {nodes * per_node}. Make them equal{hint}"
+        )
+    elif ranks % (nodes or 1) or (not nodes and per_node and ranks > per_node and ranks % per_node):
+        where = f"launch.nodes={nodes}" if nodes else f"nodes of launch.gpus_per_node={per_node}"
+        problems.append(
+            f"parallel: {mesh} = {ranks} ranks cannot be spread equally over {where}. "
+            f"Nearest number of ranks: {nearest_multiples(ranks, nodes or per_node or 1)}"
         )
     return problems
 
@@ -677,4 +706,27 @@ def _check_optimisation(config: Config) -> list[str]:
         problems.append(f"optim.betas={optim.betas}: two numbers, each at least 0 and below 1")
     if optim.weight_decay < 0:
         problems.append(f"optim.weight_decay={optim.weight_decay}: must not be negative")
+    return problems
+
+
+def _check_launch(config: Config) -> list[str]:
+    launch, problems = config.launch, []
+    if 2 * launch.warning_s > 60 * launch.minutes:
+        problems.append(
+            f"launch.warning_s={launch.warning_s}: takes more than half of launch.minutes={launch.minutes}. "
+            f"Nearest launch.warning_s: {30 * launch.minutes}"
+        )
+    if launch.pack > 1 and config.nodes > 1:
+        problems.append(
+            f"launch.pack={launch.pack}: runs share one node, but this one needs {config.nodes}. "
+            f"Use launch.pack=1"
+        )
+    room = (launch.gpus_per_node or 0) // max(1, config.ranks_per_node)
+    if 1 <= room < launch.pack:
+        problems.append(
+            f"launch.pack={launch.pack}: runs of {config.ranks_per_node} ranks on a node of "
+            f"launch.gpus_per_node={launch.gpus_per_node}. Nearest launch.pack: {room}"
+        )
+    if launch.confirm_gpu_hours < 0:
+        problems.append(f"launch.confirm_gpu_hours={launch.confirm_gpu_hours}: must not be negative")
     return problems

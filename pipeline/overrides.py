@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
@@ -12,6 +15,20 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.config import ConfigError, known_keys, nearest, unknown_key
+from pipeline.store import home
+
+_ELSEWHERE = "Choose another place with CRESCENDO_HOME"
+_LOCKS = "Its file system has no locks (flock). Mount it with them, or choose another place"
+_DISK_PROBLEMS = {
+    errno.ENOSPC: "Make room",
+    errno.EDQUOT: "Make room",
+    errno.EROFS: _ELSEWHERE,
+    errno.EACCES: _ELSEWHERE,
+    errno.EPERM: _ELSEWHERE,
+    errno.ENOLCK: _LOCKS,
+    errno.ENOSYS: _LOCKS,
+    errno.ENOTSUP: _LOCKS,
+}
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
@@ -19,6 +36,28 @@ _SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters)
 _NO_SUCH_KEY = re.compile(r"Could not (?:override|delete|delete from config\.) '([^'=]+)")
 _GIVEN_ALREADY = re.compile(r"Could not append to config\. An item is already at '(.*?)'")
 _GIVEN_TWICE = re.compile(r"Multiple values for ([^\s.]+)\. To override a value use 'override \S+: (.*)'")
+
+
+def run_command(command: Callable[[], int], arguments: Sequence[str], hint: str = "") -> int:
+    """The exit code of a command: its own; 2 when the request is wrong, which is told in words with the hint;
+    130 when it is interrupted; 1 when nobody reads what it prints."""
+    try:
+        try:
+            return command()
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can be caught
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough, as in `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        problems = explain(error, arguments)
+        if problems is None:
+            raise
+        print(*problems, *filter(None, [hint]), sep="\n", file=sys.stderr)
+        return 2
 
 
 def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | None:
@@ -43,6 +82,9 @@ def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | Non
             return (f"{mark.name}, line {mark.line + 1}: {error.problem}",)
         case ValueError() if text.startswith(("Only one of --run", "The --resolve flag")):
             return (text,)
+        case OSError() if error.errno in _DISK_PROBLEMS:
+            place = error.filename or home()
+            return (f"{place}: {error.strerror}. {_DISK_PROBLEMS[error.errno]}; the same command goes on",)
     return None
 
 

@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -31,12 +32,14 @@ from pipeline.config import Config, ConfigError, parse, to_tree
 from pipeline.identity import run_id
 
 State = Literal["PENDING", "RUNNING", "DONE", "FAILED", "PREEMPTED", "CANCELLED"]
+StopState = Literal["CANCELLED", "PREEMPTED"]
 Row = dict[str, Any]
+
+_CHECKPOINT = re.compile(r"step-\d+")
 
 # libyaml's, several times as fast, where PyYAML was built with it.
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
 _TAIL_BYTES = 16384  # holds some twenty rows
 _GLANCE_S = 0.2  # `is_locked` takes the lock for a moment; a taker waits that long before it gives up
 
@@ -138,13 +141,18 @@ class RunDirectory:
         if (Path(id_or_path) / "config.yaml").exists():
             return cls(Path(id_or_path).resolve())
         runs = home() / "runs"
-        hits = sorted(p.parent for p in runs.glob(f"{id_or_path}*/config.yaml"))
+        found = (path.parent for path in runs.glob("*/config.yaml"))
+        hits = sorted(path for path in found if path.name.startswith(id_or_path))
         if len(hits) == 1:
             return cls(hits[0])
         what = f"matches {len(hits)} runs" if hits else "no such run"
         raise ConfigError(f"{id_or_path}: {what} in {runs}")
 
     # config
+
+    def exists(self) -> bool:
+        """Also a half-deleted run does not: it cannot be executed any more."""
+        return self.config_file.exists()
 
     def freeze(self, config: Config) -> None:
         """Writes config.yaml, which attempts read and nothing else.
@@ -184,6 +192,9 @@ class RunDirectory:
         write_atomically(self.status_file, json.dumps(dataclasses.asdict(status), indent=1) + "\n")
 
     def update_status(self, **changes: Any) -> None:
+        """Raises FileNotFoundError when somebody deleted the run."""
+        if not self.exists():
+            raise FileNotFoundError(errno.ENOENT, "the run was deleted", str(self.path))
         self.write_status(dataclasses.replace(self.status() or Status("PENDING"), **changes))
 
     # lock
@@ -219,15 +230,31 @@ class RunDirectory:
 
     # stop
 
-    def request_stop(self) -> None:
-        """Asks the ranks to save a checkpoint and end at the next step."""
-        self.stop_file.touch()
+    def request_stop(self, state: StopState = "CANCELLED") -> None:
+        """Asks the ranks to save a checkpoint and end at the next step, in this state. A preempted run that
+        is then cancelled is cancelled, not the other way round."""
+        mode = "w" if state == "CANCELLED" else "x"
+        with contextlib.suppress(FileExistsError), open(self.stop_file, mode, encoding="utf-8") as file:
+            file.write(state)
 
-    def stop_requested(self) -> bool:
-        return self.stop_file.exists()
+    def stop_requested(self) -> StopState | None:
+        try:
+            wish = self.stop_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        return "PREEMPTED" if wish == "PREEMPTED" else "CANCELLED"  # also when a full disk left it empty
 
     def clear_stop(self) -> None:
         self.stop_file.unlink(missing_ok=True)
+
+    # checkpoints
+
+    def complete_checkpoints(self) -> list[Path]:
+        """Those that were written to the end, oldest first."""
+        try:
+            return sorted(path for path in self.checkpoints.iterdir() if _CHECKPOINT.fullmatch(path.name))
+        except FileNotFoundError:
+            return []
 
     # metrics
 

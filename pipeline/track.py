@@ -25,7 +25,7 @@ class Tracker:
         self._every = config.track.every
         self._rows: queue.Queue[Row | int] = queue.Queue(QUEUED_ROWS)  # an exit code ends it
         self._mirror: threading.Thread | None = None
-        self._dropped = False
+        self._dropped = self._preempted = False
         mode = os.environ.get("WANDB_MODE") or config.track.mode
         if mode != "disabled":
             self._mirror = threading.Thread(
@@ -38,9 +38,10 @@ class Tracker:
         if self._mirror and (row["step"] % self._every == 0 or row["step"] == 1 or "val/loss" in row):
             self._put(row)
 
-    def finish(self, exit_code: int) -> None:
-        """Waits a while for the mirror to catch up."""
+    def finish(self, exit_code: int, preempted: bool = False) -> None:
+        """Waits a while for the mirror to catch up. wandb shows a preempted run as one that will go on."""
         if self._mirror:
+            self._preempted = preempted
             self._put(exit_code)
             self._mirror.join(FINISH_TIMEOUT_S)
 
@@ -57,6 +58,8 @@ class Tracker:
             mirror = self._start(config, run, attempt, mode)
             while isinstance(item := self._rows.get(), dict):
                 mirror.log(item)
+            if self._preempted:
+                mirror.mark_preempting()
             mirror.finish(item)
         except Exception:  # whatever wandb raises must not end a run
             self._mirror = None

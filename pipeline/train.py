@@ -241,7 +241,7 @@ class Trainer:
         if not self.ranks.is_main or now - self.stop_looked_at < STOP_INTERVAL_S:
             return False
         self.stop_looked_at = now
-        return self.run.stop_requested()
+        return self.run.stop_requested() is not None
 
     def _save_due(self) -> bool:
         """Whether the last checkpoint is too long ago, for rank 0 to tell the others."""
@@ -340,7 +340,7 @@ class Trainer:
                 report(f"resumed at step {self.progress.step}, {self.tokens} tokens")
         elif self.config.branch.run:
             self._branch(RunDirectory.find(self.config.branch.run))
-        self.stop_agreed = self.ranks.from_main(self.run.stop_requested())
+        self.stop_agreed = self.ranks.from_main(self.run.stop_requested() is not None)
         self.resumed_at, self.saved_at = time.perf_counter(), time.monotonic()
 
     def _branch(self, parent: RunDirectory) -> None:
@@ -408,13 +408,20 @@ class Trainer:
         now = time.monotonic()
         if now - self.status_at > STATUS_INTERVAL_S or self.finished:
             self.status_at = now
-            with contextlib.suppress(OSError):  # a full disk; the next one tells
+            try:
                 self.run.update_status(step=row["step"], tokens_seen=row["tokens"])
+            except FileNotFoundError:
+                raise TrainingFailed(
+                    f"step {row['step']}: {self.run.path} was deleted under the run; what it trained since "
+                    f"is lost. The sweep's command begins it again"
+                ) from None
+            except OSError:
+                pass  # a full disk; the next row tells
 
     def close(self, exit_code: int) -> None:
         self.data.close()
         self.checkpoints.close()
         if self.tracker and self.metrics:
-            self.tracker.finish(exit_code)
+            self.tracker.finish(exit_code, preempted=self.run.stop_requested() == "PREEMPTED")
             with contextlib.suppress(OSError):  # rows no checkpoint covers: the next attempt does them again
                 self.metrics.close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import logging
 import os
 import shlex
@@ -23,13 +24,24 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, get_args
 
 from pipeline.attempt import for_attempt, mesh_of
 from pipeline.config import Config, ConfigError, check
-from pipeline.store import AlreadyRunning, RunDirectory, home, python, report
+from pipeline.environment import environment
+from pipeline.store import (
+    AlreadyRunning,
+    RunDirectory,
+    State,
+    StopState,
+    home,
+    python,
+    report,
+    write_atomically,
+)
 
 ATTEMPT_VARIABLE = "CRESCENDO_ATTEMPT"
 SUPERVISOR_VARIABLE = "CRESCENDO_SUPERVISOR"  # its process id, for the ranks
@@ -79,42 +91,62 @@ def supervise(config: Config, run: RunDirectory, changes: Sequence[str]) -> int:
             print(f"run {run.id} is done: {run.path}")
             return 0
         stops = Stops(run)
-        attempt = status.attempt + 1 if status else 1
+        attempt = begin(config, run)
+        with progress_reports(run):
+            try:
+                outcome = _run_ranks(config, run, attempt, stops, changes)
+            except KeyboardInterrupt:
+                outcome = stops.outcome()
+            finally:
+                stops.ignore()
+        end(run, outcome)
+        if outcome.state != "DONE":
+            report(f"again, from the newest checkpoint: {_again(run, changes)}")
+        return outcome.exit_code
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended. `error` is one line."""
+
+    state: State
+    exit_code: int
+    error: str | None = None
+
+
+def begin(config: Config, run: RunDirectory, job: str | None = None) -> int:
+    """Records that an attempt begins, where, and with which software. Its number. The caller has the lock."""
+    status = run.status()
+    attempt = status.attempt + 1 if status else 1
+    run.clear_stop()
+    run.update_status(
+        state="RUNNING",
+        attempt=attempt,
+        step=0,
+        tokens_seen=0,
+        started=time.time(),
+        budget_tokens=config.budget_tokens,
+        host=socket.gethostname(),
+        job=job,
+        mesh=mesh_of(config),
+        exit_code=None,
+        error=None,
+    )
+    write_atomically(run.logs / f"attempt-{attempt}.environment.json", json.dumps(environment(), indent=1))
+    report(f"run {run.id}: attempt {attempt} on {mesh_of(config)}, logs in {run.logs}")
+    return attempt
+
+
+def end(run: RunDirectory, outcome: Outcome) -> None:
+    """Records how the attempt ended, and tells."""
+    try:
         run.clear_stop()
-        run.update_status(
-            state="RUNNING",
-            attempt=attempt,
-            step=0,
-            tokens_seen=0,
-            started=time.time(),
-            budget_tokens=config.budget_tokens,
-            host=socket.gethostname(),
-            job=os.environ.get("SLURM_JOB_ID"),
-            mesh=mesh_of(config),
-            exit_code=None,
-            error=None,
-        )
-        report(f"run {run.id}: attempt {attempt} on {mesh_of(config)}, logs in {run.logs}")
-        finished = threading.Event()
-        reporter = threading.Thread(target=_report_progress, args=(run, finished), daemon=True)
-        reporter.start()
-        try:
-            state, exit_code, error = _run_ranks(config, run, attempt, stops, changes)
-        except KeyboardInterrupt:
-            state, exit_code, error = stops.outcome()
-        finally:
-            stops.ignore()
-            run.clear_stop()
-            finished.set()
-            reporter.join()
-        try:
-            run.update_status(state=state, exit_code=exit_code, error=error)
-        except OSError as full:
-            report(f"status.json could not be written: {full.strerror}")
-        report(f"run {run.id}: {state}" + (f": {error}" if error else ""))
-        again = f"again, from the newest checkpoint: {_again(run, changes)}"
-        report(_conclusion(run) if state == "DONE" else again)
-        return exit_code
+        run.update_status(state=outcome.state, exit_code=outcome.exit_code, error=outcome.error)
+    except OSError as problem:
+        report(f"status.json could not be written: {problem.strerror}")
+    report(f"run {run.id}: {outcome.state}" + (f": {outcome.error}" if outcome.error else ""))
+    if outcome.state == "DONE":
+        report(_conclusion(run))
 
 
 class Stops:
@@ -148,11 +180,11 @@ class Stops:
         self._answer = "ignore"
         signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def outcome(self) -> tuple[str, int, str]:
-        """(state, exit code, error) of an attempt that was stopped."""
+    def outcome(self) -> Outcome:
+        """Of an attempt that was stopped."""
         number = self._number or signal.SIGTERM  # without a signal: somebody else wrote the stop file
         late = f"; no checkpoint within {STOP_GRACE_S:g} s" if self._overdue else ""
-        return "CANCELLED", 128 + number, f"stopped by {signal.Signals(number).name}{late}"
+        return Outcome("CANCELLED", 128 + number, f"stopped by {signal.Signals(number).name}{late}")
 
     def _receive(self, number: int, frame: object) -> None:
         first = self._number is None
@@ -193,18 +225,15 @@ def _again(run: RunDirectory, changes: Sequence[str]) -> str:
 
 def _run_ranks(
     config: Config, run: RunDirectory, attempt: int, stops: Stops, changes: Sequence[str]
-) -> tuple[str, int, str | None]:
-    """(state, exit code, error) of one attempt. Raises KeyboardInterrupt when it is to end at once."""
+) -> Outcome:
+    """Raises KeyboardInterrupt when the attempt is to end at once."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from pipeline.data import prepare
-
     # What it would print about signals and failed ranks is in the status, in one line.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ[ATTEMPT_VARIABLE] = str(attempt)
-    os.environ[SUPERVISOR_VARIABLE] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, runs_at_a_time=1)))
+    os.environ.update(rank_variables(attempt))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, config.parallel.world_size)))
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -221,38 +250,67 @@ def _run_ranks(
     command = [sys.executable, "-m", "pipeline.worker", str(run.path), *changes]
     stops.act()
     try:
-        # Before the ranks start, so that none of them waits in a collective for another's tokenising.
-        prepare(config.data, home() / "corpora", report=report, progress=sys.stdout.isatty())
+        prepare_data(config)
         stops.ask_first()
         elastic_launch(launch, command[0])(*command[1:])
     except ConfigError as error:
-        return "FAILED", WRONG_REQUEST, str(error)
+        return Outcome("FAILED", WRONG_REQUEST, str(error))
     except ChildFailedError as failure:
-        _, first = failure.get_first_failure()
-        exit_code = WRONG_REQUEST if first.exitcode == WRONG_REQUEST else 1
-        return "FAILED", exit_code, _cause(run, attempt, failure)
+        rank, first = failure.get_first_failure()
+        return failed(run, attempt, rank, first.exitcode)
     status = run.status()
-    return stops.outcome() if status and status.state == "CANCELLED" else ("DONE", 0, None)
+    stopped = status is not None and status.state in get_args(StopState)
+    return stops.outcome() if stopped else Outcome("DONE", 0)
 
 
-def threads_per_rank(config: Config, runs_at_a_time: int) -> int:
-    """An equal share of the cores this process may use."""
+def rank_variables(attempt: int) -> dict[str, str]:
+    """What a rank must be told by the process that supervises it, besides its place among the ranks."""
+    return {ATTEMPT_VARIABLE: str(attempt), SUPERVISOR_VARIABLE: str(os.getpid())}
+
+
+def prepare_data(config: Config) -> None:
+    """Before the ranks start, so that none of them waits in a collective for another's tokenising.
+
+    Raises ConfigError."""
+    from pipeline.data import prepare
+
+    prepare(config.data, home() / "corpora", report=report, progress=sys.stdout.isatty())
+
+
+def threads_per_rank(config: Config, ranks_here: int) -> int:
+    """An equal share of the cores that the ranks on this machine may use."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return config.launch.cpus_per_task or max(1, cores // (runs_at_a_time * config.parallel.world_size))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", cores)))
+    return config.launch.cpus_per_task or max(1, cores // ranks_here)
 
 
-def _cause(run: RunDirectory, attempt: int, failure: Exception) -> str:
-    """One line: which rank ended the attempt, and why."""
-    rank, first = failure.get_first_failure()  # type: ignore[attr-defined]
+def failed(run: RunDirectory, attempt: int, rank: int, code: int) -> Outcome:
+    """Of an attempt that a rank ended, with this exit code, negative after a signal."""
     row = run.last_row()
     step = row["step"] if row and row["attempt"] == attempt else 0
-    if first.exitcode < 0:
-        name = signal.Signals(-first.exitcode).name
-        return f"rank {rank} was killed by {name} (signal {-first.exitcode}) after step {step}"
+    exit_code = WRONG_REQUEST if code == WRONG_REQUEST else 1
+    if not run.exists():
+        return Outcome("FAILED", exit_code, f"{run.path} was deleted under the run")
+    if code < 0:
+        name = signal.Signals(-code).name
+        return Outcome("FAILED", 1, f"rank {rank} was killed by {name} (signal {-code}) after step {step}")
     with contextlib.suppress(FileNotFoundError):
         if line := error_file(run, attempt, rank).read_text(encoding="utf-8"):
-            return f"rank {rank}: {line}"
-    return f"rank {rank} exited with code {first.exitcode} after step {step}; see {run.logs}"
+            return Outcome("FAILED", exit_code, f"rank {rank}: {line}")
+    line = f"rank {rank} exited with code {code} after step {step}; see {run.logs}"
+    return Outcome("FAILED", exit_code, line)
+
+
+@contextlib.contextmanager
+def progress_reports(run: RunDirectory) -> Iterator[None]:
+    finished = threading.Event()
+    reporter = threading.Thread(target=_report_progress, args=(run, finished), daemon=True)
+    reporter.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        reporter.join()
 
 
 def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
@@ -282,6 +340,11 @@ def error_file(run: RunDirectory, attempt: int, rank: int) -> Path:
     return run.logs / f"attempt-{attempt}.rank-{rank}.error"
 
 
+def record_error(run: RunDirectory, attempt: int, rank: int, line: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk
+        error_file(run, attempt, rank).write_text(line, encoding="utf-8")
+
+
 def run_rank(config: Config, run: RunDirectory) -> NoReturn:
     """This process's share of the run. Output goes to logs/; an error also, as one line, to its own file."""
     rank = int(os.environ["RANK"])
@@ -301,7 +364,8 @@ def run_rank(config: Config, run: RunDirectory) -> NoReturn:
         with process_group(config) as ranks:
             finished = train(config, run, attempt, ranks)
         if not finished and rank == 0:
-            run.update_status(state="CANCELLED")  # so the supervisor knows that the ranks followed its wish
+            # So the supervisor knows that the ranks followed its wish.
+            run.update_status(state=run.stop_requested() or "CANCELLED")
     except Exception as error:
         with contextlib.suppress(OSError):  # a full disk
             traceback.print_exc()
@@ -309,9 +373,7 @@ def run_rank(config: Config, run: RunDirectory) -> NoReturn:
         if _lost_a_peer(error):
             # The rank that died first is the cause; this one only noticed. Let it be seen first.
             time.sleep(1.0)
-        line = f"{type(error).__name__}: {error}".splitlines()[0]
-        with contextlib.suppress(OSError):
-            error_file(run, attempt, rank).write_text(line, encoding="utf-8")
+        record_error(run, attempt, rank, f"{type(error).__name__}: {error}".splitlines()[0])
         # Other ranks may be inside a collective that will never complete: leave without waiting for them.
         os._exit(WRONG_REQUEST if isinstance(error, ConfigError) else 1)
     # All is on disk; the interpreter's own exit would wait for whatever wandb still wants to do.

@@ -41,6 +41,13 @@ from tests.support import ROOT, compose_tree, config
         (["optim.betas=[0.9]"], "two numbers, each at least 0 and below 1"),
         (["batch.size=0"], "batch.size=0: must be above 0"),
         (["batch.ema=1.0"], "batch.ema=1.0: must be at least 0 and below 1"),
+        (["launch.minutes=3", "launch.warning_s=91"], "takes more than half of launch.minutes=3. Nearest launch.warning_s: 90"),
+        (["launch.pack=2", "parallel=ddp", "launch.nodes=2"], "launch.pack=2: runs share one node, but this one needs 2. Use launch.pack=1"),
+        (["parallel=ddp", "parallel.replicate=6", "batch.size=48", "launch.gpus_per_node=4"], "6 ranks cannot be spread equally over nodes of launch.gpus_per_node=4. Nearest number of ranks: 4 or 8"),
+        (["parallel=ddp", "parallel.replicate=5", "batch.size=40", "launch.nodes=2"], "5 ranks cannot be spread equally over launch.nodes=2. Nearest number of ranks: 4 or 6"),
+        (["parallel=single", "launch.nodes=2"], "1 ranks cannot be spread equally over launch.nodes=2. Nearest number of ranks: 2"),
+        (["launch.confirm_gpu_hours=-1"], "launch.confirm_gpu_hours=-1.0: must not be negative"),
+        (["launch.minutes=0"], "launch.minutes=0: must be above 0"),
     ],
 )  # fmt: skip
 def test_message(overrides: list[str], message: str):
@@ -103,7 +110,7 @@ def test_every_setting_has_its_default_in_the_composed_tree():
             r"= 8 ranks cannot be divided by the other axes' 3. Nearest number of ranks: 6 or 9",
         ),
         (
-            ["parallel=hsdp", "launch.gpus_per_node=8"],
+            ["parallel=hsdp", "launch.nodes=1", "launch.gpus_per_node=8"],
             r"replicate 2 × shard 2 × tensor 1 = 4 ranks, but launch.nodes=1 × launch.gpus_per_node=8 = 8. "
             r"Make them equal, or set parallel.shard=-1",
         ),
@@ -155,3 +162,16 @@ def test_every_parallel_option_sets_the_same_keys():
     }
     assert sorted(keys) == strategies.names()
     assert set(map(tuple, keys.values())) == {("strategy", "replicate", "shard", "tensor")}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["launch.minutes=3", "launch.warning_s=90"],
+        ["launch.pack=2", "parallel=ddp", "launch.nodes=1"],
+        ["parallel=ddp", "parallel.replicate=8", "launch.gpus_per_node=4"],
+        ["parallel=ddp", "parallel.replicate=4", "launch.nodes=2"],
+    ],
+)
+def test_the_nearest_launch_settings_that_a_message_names_are_taken(overrides: list[str]):
+    config(*overrides)

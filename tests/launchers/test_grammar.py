@@ -245,16 +245,24 @@ def test_every_setting_and_derived_number_can_be_named() -> None:
 def test_the_heading_counts_what_is_left_out_and_names_what_matches_nothing(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    exclude = 'sweep.exclude=["model=10m seed=1","model=10m parallel=dpp"]'
+    exclude = 'sweep.exclude=["model=10m seed=1","model=10m parallel=ddp"]'
     assert preview(monkeypatch, exclude, "model=tiny,10m", "seed=range(3)", "sweep.name=x") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "sweep x: 5 points = model(2) × seed(3), 1 left out by sweep.exclude"
-    assert lines[1] == "  sweep.exclude: no point meets model=10m parallel=dpp"
+    assert lines[1] == "  sweep.exclude: no point meets model=10m parallel=ddp"
     assert "5 new. Nothing was written." in lines
     exclude = "sweep.exclude=['model=10m']"
     assert preview(monkeypatch, exclude, "model=tiny,10m", "seed=range(3)", "sweep.name=x") == 0
     heading = capsys.readouterr().out.splitlines()[0]
     assert heading == "sweep x: 3 points = model(2) × seed(3), 3 left out by sweep.exclude"
+
+
+def test_an_option_that_there_is_not_is_refused(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would exclude nothing."""
+    assert preview(monkeypatch, "sweep.exclude=['parallel=dpp']", "seed=0,1") == 2
+    assert "parallel=dpp: no such option of parallel. Did you mean ddp?" in capsys.readouterr().err
 
 
 def test_an_excluded_point_is_not_invalid(

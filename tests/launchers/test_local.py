@@ -210,11 +210,11 @@ def test_a_run_that_another_process_holds_is_left_alone(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     p, stub = sweep(2), Stub(home)
-    freeze(p)
+    freeze(p.valid)
     with RunDirectory(home / "runs" / ids(p)[0]).lock():
         assert run_plan(p, stub) == 0
         assert stub.runs() == [ids(p)[1]]
-        assert state(p.points[0]) == "running"
+        assert state(p.points[0], {}) == "running"
     out = capsys.readouterr().out
     assert "1 running (elsewhere, skipped), 1 new." in out and "1 elsewhere, 1 done" in out
     assert "1 run is still being run by another process (seed=0): compare again when it has ended." in out
@@ -225,7 +225,7 @@ def test_what_became_of_a_run_that_another_process_held(
     home: Path, capsys: pytest.CaptureFixture[str], left: str, code: int
 ) -> None:
     p, stub = sweep(2, "launch.max_parallel=1"), Stub(home, seconds=0.5)
-    freeze(p)
+    freeze(p.valid)
     held = RunDirectory(home / "runs" / ids(p)[0])
     with contextlib.ExitStack() as elsewhere:
         elsewhere.enter_context(held.lock())

@@ -19,9 +19,9 @@ def written(name: str, home: Path) -> dict[str, Any]:
 def test_what_it_holds(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["pipeline", "-m", "experiment=demo", "batch.size=2,8"])
     p = plan("experiment=demo", "batch=constant", "batch.size=2,16")
-    manifest.write(p)
+    manifest.write(p, "local")
     m = written("demo", home)
-    assert set(m) == {"name", "created", "command", "axes", "common", "points"}
+    assert set(m) == {"name", "created", "command", "launcher", "axes", "common", "points", "jobs"}
     assert m["command"] == ["python", "-m", "pipeline", "-m", "experiment=demo", "batch.size=2,8"]
     assert (m["axes"], m["common"]) == (["batch.size"], {"experiment": "demo", "batch": "constant"})
     invalid, valid = m["points"]
@@ -37,9 +37,9 @@ def test_what_it_holds(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_same_command_again_changes_nothing_but_the_command(home: Path) -> None:
     p = plan("experiment=demo", "batch=constant,stages", "seed=0,1")
-    manifest.write(p)
+    manifest.write(p, "local")
     first = written("demo", home)
-    manifest.write(p)
+    manifest.write(p, "local")
     assert written("demo", home) == first
 
 
@@ -48,7 +48,7 @@ def test_a_sweep_grows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second = plan("experiment=demo", "batch=stages", "seed=0,1")
     for name, each in (("first", first), ("second", second)):
         monkeypatch.setattr("sys.argv", ["pipeline", name])
-        manifest.write(each)
+        manifest.write(each, "local")
     m = written("demo", home)
     assert [point["command"][-1] for point in m["points"]] == ["first", "second", "second"]
     assert m["axes"] == ["batch", "seed"] and m["common"] == {"experiment": "demo"}
@@ -60,8 +60,8 @@ def test_a_sweep_grows(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_setting_given_only_later_is_an_axis_where_it_was_given(home: Path) -> None:
-    manifest.write(plan("sweep.name=s", "seed=0,1"))
-    manifest.write(plan("sweep.name=s", "seed=0,1", "budget.tokens=1M"))
+    manifest.write(plan("sweep.name=s", "seed=0,1"), "local")
+    manifest.write(plan("sweep.name=s", "seed=0,1", "budget.tokens=1M"), "local")
     m = written("s", home)
     assert m["axes"] == ["seed", "budget.tokens"] and m["common"] == {}
     assert [point["axes"] for point in m["points"]] == [
@@ -75,7 +75,7 @@ def test_a_setting_given_only_later_is_an_axis_where_it_was_given(home: Path) ->
 def test_an_invalid_point_disappears_when_it_becomes_valid(home: Path) -> None:
     valid = plan("sweep.name=s", "batch.size=16")
     (point,) = valid.points
-    now = {"name": "s", "created": 2, "command": ["now"], "axes": [], "common": {}}
+    now = {"name": "s", "created": 2, "command": ["now"], "axes": [], "common": {}, "jobs": []}
     entry = {"run": point.run, "axes": {}, "overrides": ["batch.size=16"], "problem": None}
     old = now | {"points": [entry | {"run": None, "problem": "was refused"}]}
     assert manifest.merge(old, now | {"points": [entry]})["points"] == [entry]
@@ -83,8 +83,9 @@ def test_an_invalid_point_disappears_when_it_becomes_valid(home: Path) -> None:
 
 def test_the_time_is_the_first_and_the_command_the_last() -> None:
     first = {"name": "s", "created": 1, "command": ["first"], "axes": [], "common": {}, "points": []}
-    merged = manifest.merge(first, first | {"created": 2, "command": ["second"]})
-    assert (merged["created"], merged["command"]) == (1, ["second"])
+    first |= {"jobs": [{"name": "s.1"}]}
+    merged = manifest.merge(first, first | {"created": 2, "command": ["second"], "jobs": []})
+    assert (merged["created"], merged["command"], merged["jobs"]) == (1, ["second"], first["jobs"])
 
 
 def test_links_to_wandb_are_relative_and_stay_single(home: Path) -> None:

@@ -113,32 +113,32 @@ def test_wandb_groups_the_runs_by_the_sweep_unless_told_otherwise(home: Path) ->
 def test_state(home: Path) -> None:
     p = plan("seed=0", "batch.size=16,2")
     point, invalid = p.points
-    assert (state(point), state(invalid)) == ("new", "invalid")
-    freeze(p)
-    assert state(point) == "new"
+    assert (state(point, {}), state(invalid, {})) == ("new", "invalid")
+    freeze(p.valid)
+    assert state(point, {}) == "new"
     run = RunDirectory(home / "runs" / str(point.run))
     for written, shown in {
-        "RUNNING": "interrupted",
+        "RUNNING": "lost",
         "FAILED": "failed",
         "CANCELLED": "cancelled",
         "PREEMPTED": "preempted",
     }.items():
         run.update_status(state=written)
-        assert state(point) == shown
+        assert state(point, {}) == shown
     with run.lock():
-        assert state(point) == "running"
+        assert state(point, {}) == "running"
     run.update_status(state="DONE")
-    assert state(point) == "done"
+    assert state(point, {}) == "done"
 
 
 def test_freezing_twice_changes_nothing(home: Path) -> None:
     p = plan("seed=0")
-    freeze(p)
+    freeze(p.valid)
     run = p.points[0].directory
     run.update_status(state="DONE")
     before = run.config_file.read_bytes()
-    freeze(plan("seed=0", "track.every=7"))
-    assert run.config_file.read_bytes() == before and state(p.points[0]) == "done"
+    freeze(plan("seed=0", "track.every=7").valid)
+    assert run.config_file.read_bytes() == before and state(p.points[0], {}) == "done"
 
 
 def test_no_point_at_all(home: Path) -> None:

@@ -28,7 +28,7 @@ def preview(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_it_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    freeze(plan("experiment=demo", "batch=constant_16"))
+    freeze(plan("experiment=demo", "batch=constant_16").valid)
     before = tree_of(here)
     assert preview(monkeypatch, "experiment=demo", "batch=constant_16,norm_test") == 0
     assert tree_of(here) == before
@@ -36,7 +36,7 @@ def test_it_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_screen(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     done = plan("experiment=demo", "batch=constant_16", "seed=1")
-    freeze(done)
+    freeze(done.valid)
     done.points[0].directory.update_status(state="DONE")
     assert preview(monkeypatch, *DEMO) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -77,15 +77,15 @@ def test_when_all_is_done_it_points_to_the_comparison(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     p = plan("seed=0", "sweep.name=s")
-    freeze(p)
+    freeze(p.valid)
     p.points[0].directory.update_status(state="DONE")
     run = "run: python -m pipeline -m seed=0 sweep.name=s hydra/launcher=local"  # writes what compare reads
     assert preview(monkeypatch, "seed=0", "sweep.name=s") == 0
     assert capsys.readouterr().out.splitlines()[-1] == run
-    manifest.write(plan("seed=1", "sweep.name=s"))
+    manifest.write(plan("seed=1", "sweep.name=s"), "local")
     assert preview(monkeypatch, "seed=0", "sweep.name=s") == 0
     assert capsys.readouterr().out.splitlines()[-1] == run
-    manifest.write(p)
+    manifest.write(p, "local")
     assert preview(monkeypatch, "seed=0", "sweep.name=s") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "compare: python -m analysis s"
 
@@ -94,7 +94,10 @@ def test_when_all_is_done_it_points_to_the_comparison(
     ("arguments", "message"),
     [
         (["seed=glob(*)"], "seed=glob(*): gives no value, so there is nothing to run."),
-        (["hydra/launcher=basic"], "hydra/launcher=basic: runs no sweeps here. Allowed: local, preview\n"),
+        (
+            ["hydra/launcher=basic"],
+            "hydra/launcher=basic: runs no sweeps here. Allowed: local, preview, slurm\n",
+        ),
     ],
 )
 def test_a_sweep_that_could_not_be_one_is_refused(
@@ -134,7 +137,7 @@ def test_batch_plan_and_steps(overrides: list[str], batch: str, steps: str) -> N
 
 def finish(home: Path, tokens: int, seconds: float, *overrides: str) -> None:
     p = plan(*overrides)
-    freeze(p)
+    freeze(p.valid)
     run = p.points[0].directory
     row = {"step": 1, "tokens": tokens, "time": seconds, "attempt": 1, "train/loss": 1.0}
     run.metrics_file.write_text(json.dumps(row) + "\n")
@@ -158,7 +161,7 @@ def test_the_time_is_estimated_from_finished_runs_alike(home: Path) -> None:
 
 def test_unfinished_and_unreadable_runs_do_not_count(home: Path) -> None:
     p = plan("seed=0")
-    freeze(p)
+    freeze(p.valid)
     run = p.points[0].directory
     run.metrics_file.write_text(
         json.dumps({"step": 1, "tokens": 10, "time": 1.0, "attempt": 1, "train/loss": 1.0}) + "\n"

@@ -24,7 +24,7 @@ def frozen(*arguments: str) -> tuple[Plan, RunDirectory]:
         "lr.warmup_tokens=1k",
         *arguments,
     )
-    freeze(p)
+    freeze(p.valid)
     return p, p.points[0].directory
 
 
@@ -112,7 +112,7 @@ def test_the_last_batch_of_a_finished_run_is_one_that_occurred(
 
 def test_errors_that_differ_in_numbers_are_told_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     p = plan("sweep.name=s", "seed=0,1,2")
-    freeze(p)
+    freeze(p.valid)
     for point, number in zip(p.points, ("1e+30", "9.97e+29", "-3.5"), strict=True):
         point.directory.update_status(state="FAILED", attempt=1, error=f"rank 0: LossError: loss is {number}")
     log = p.points[0].directory.logs / "attempt-1.rank-0.log"

@@ -3,11 +3,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.store import RunDirectory
 from tests.slurm.cluster import Cluster, foreign, missing
+from tests.slurm.sweeps import LONG, Sweep
 
 
 def _needs(packages: str) -> None:
@@ -55,3 +58,36 @@ def start_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Clu
             return cluster
 
         yield start
+
+
+@pytest.fixture
+def sweep(home: Path, small_corpus: list[str], cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    spaced = home / "a home"  # every script and command must stand the space
+    spaced.mkdir()
+    monkeypatch.setenv("CRESCENDO_HOME", str(spaced))
+    return Sweep(spaced, small_corpus)
+
+
+@pytest.fixture(scope="session")
+def train_here(
+    tmp_path_factory: pytest.TempPathFactory, small_corpus: list[str]
+) -> Callable[..., RunDirectory]:
+    """Trains a run on this machine in one go, in a home of its own."""
+
+    def train(*overrides: str) -> RunDirectory:
+        home = tmp_path_factory.mktemp("here")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CRESCENDO_HOME", str(home))
+            patch.setenv("WANDB_MODE", "disabled")
+            sweep = Sweep(home, small_corpus)
+            sweep.pipeline(*overrides, timeout_s=400)
+        (run,) = sweep.runs
+        return run
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(train_here: Callable[..., RunDirectory]) -> RunDirectory:
+    """The run of `LONG`."""
+    return train_here(LONG)

@@ -95,7 +95,7 @@ def changes(sizes: list[int]) -> list[int]:
 
 
 def steps_saved(run: RunDirectory) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.complete(run)]
+    return [int(path.name.removeprefix("step-")) for path in run.complete_checkpoints()]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_a_decision_that_was_not_applied_yet_is_in_the_checkpoint(
     composed, sizes = config(*TINY, *small_corpus), column(whole, "batch/size")
     for attempt, step in enumerate(changes(sizes)[:3], start=1):
         run = train_until(composed, "stop", step, attempt)
-        saved = json.loads((checkpoint.complete(run)[-1] / "progress.json").read_text())
+        saved = json.loads((run.complete_checkpoints()[-1] / "progress.json").read_text())
         assert saved["step"] == step and sizes[step - 1] != saved["next_batch"]["size"] == sizes[step]
     train_here(composed, attempt=4)
     assert_same_record(run, whole)
@@ -178,7 +178,7 @@ def interrupted_rank(rank: int, composed: Config, home: str) -> None:
     dist.barrier()
     assert steps_saved(run)[-1] > decided
     if rank == 0:
-        (checkpoint.complete(run)[-1] / "__1_0.distcp").unlink()
+        (run.complete_checkpoints()[-1] / "__1_0.distcp").unlink()
     dist.barrier()
     assert train(composed, run, 3, ranks)
 
@@ -312,7 +312,7 @@ def test_what_is_written_is_what_was_there_at_the_call(home: Path, monkeypatch: 
         for tensor in small.tensors():
             tensor.fill_(7)
     where.step, where.sequences = 6, 66
-    assert not small.checkpoints.poll() and checkpoint.complete(small.run) == []
+    assert not small.checkpoints.poll() and small.run.complete_checkpoints() == []
     write.set()
     small.checkpoints.settle()
 
@@ -374,7 +374,7 @@ def test_a_power_cut_takes_the_record_only_with_the_checkpoint(home: Path, monke
     monkeypatch.setattr(os, "fsync", fsync)
     small.checkpoints.save(progress(2), wait=True)
     record.close()
-    path = checkpoint.complete(small.run)[-1]
+    path = small.run.complete_checkpoints()[-1]
     for file in (*path.iterdir(), path, small.run.metrics_file):
         assert (file.stat().st_ino, [1]) in synced, file.name
     assert (small.run.checkpoints.stat().st_ino, [1, 2]) in synced
@@ -402,7 +402,7 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path: Path, data: st.DataObject)
     if not (tmp_path / "small").exists():
         Small(tmp_path).checkpoints.save(progress(1), wait=True)
     small = Small(tmp_path)
-    (path,) = checkpoint.complete(small.run)
+    (path,) = small.run.complete_checkpoints()
     file = path / data.draw(st.sampled_from(["__0_0.distcp", ".metadata", "progress.json"]))
     content = file.read_bytes()
     at, bit = data.draw(st.integers(0, len(content) - 1)), data.draw(st.integers(0, 7))
@@ -468,7 +468,7 @@ def entries_of(path: Path) -> list[Any]:
 def test_each_tensor_is_looked_at_by_one_rank(home: Path):
     small = Small(home)
     small.checkpoints.save(progress(1), wait=True)
-    (path,) = checkpoint.complete(small.run)
+    (path,) = small.run.complete_checkpoints()
     shard = path / "__0_0.distcp"
     content = shard.read_bytes()
     assert len(entries_of(path)) > 3
@@ -492,7 +492,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     run = copy_of(cut, composed)
     before, newest = steps_saved(run)
     do_damage, reason = DAMAGE[kind]
-    do_damage(checkpoint.complete(run)[-1])
+    do_damage(run.complete_checkpoints()[-1])
     train_here(composed, attempt=2)
     out = capsys.readouterr().out
     assert re.search(
@@ -508,7 +508,7 @@ def test_a_damaged_checkpoint_goes_when_the_next_is_saved(home: Path):
     small = Small(home)
     for step in (1, 2):
         small.checkpoints.save(progress(step), wait=True)
-    truncate(checkpoint.complete(small.run)[-1] / "progress.json")
+    truncate(small.run.complete_checkpoints()[-1] / "progress.json")
     assert small.checkpoints.restore() == progress(1)
     assert small.checkpoints.restore() == progress(1)
     names = ["step-00000001", "torn-00000002"]
@@ -526,7 +526,7 @@ def restoring_rank(rank: int, home: str, prepared: str) -> tuple[object, list[in
         small.checkpoints.save(progress(step), wait=True)
         small.checkpoints.save(progress(step), wait=True)
     dist.barrier()
-    globals()[prepared](rank, checkpoint.complete(small.run)[-1])
+    globals()[prepared](rank, small.run.complete_checkpoints()[-1])
     dist.barrier()
     try:
         restored: object = small.checkpoints.restore()
@@ -585,7 +585,7 @@ def test_a_file_that_cannot_be_read_is_not_damage(name: str, home: Path):
     small = Small(home)
     for step in (1, 2):
         small.checkpoints.save(progress(step), wait=True)
-    file = checkpoint.complete(small.run)[-1] / name
+    file = small.run.complete_checkpoints()[-1] / name
     file.rename(home / "kept")
     file.symlink_to(file)
     message = rf"{file}: cannot be read.* \(Too many levels of symbolic links\): nothing was changed; mend"
@@ -620,7 +620,7 @@ def test_a_failure_while_loading_whole_files_is_not_damage(home: Path, monkeypat
 def test_a_copy_beside_the_checkpoints_is_none_of_them(home: Path):
     small = Small(home)
     small.checkpoints.save(progress(1), wait=True)
-    (first,) = checkpoint.complete(small.run)
+    (first,) = small.run.complete_checkpoints()
     copy = shutil.copytree(first, first.with_name(f"{first.name}-keep"))
     for step in (2, 3):
         small.checkpoints.save(progress(step), wait=True)
@@ -641,7 +641,7 @@ def test_an_index_that_this_torch_cannot_read_is_not_damage(pickled: bytes, home
     small = Small(home)
     for step in (1, 2):
         small.checkpoints.save(progress(step), wait=True)
-    newest = checkpoint.complete(small.run)[-1]
+    newest = small.run.complete_checkpoints()[-1]
     (newest / ".metadata").write_bytes(pickled)
     write_progress(newest, metadata_crc32=zlib.crc32(pickled), torch="9.9")
     for read in (small.checkpoints.restore, lambda: checkpoint.load_weights(small.run)):
@@ -657,8 +657,8 @@ def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(
 ):
     composed = config(*TINY, *small_corpus)
     run = copy_of(cut, composed)
-    before, _ = checkpoint.complete(run)
-    for path in checkpoint.complete(run):
+    before, _ = run.complete_checkpoints()
+    for path in run.complete_checkpoints():
         (path / ".metadata").rename(path / "elsewhere")
     rows = run.metrics_file.read_bytes()
     message = r"no checkpoint can be loaded \(step 35: .metadata is missing; step \d+: .metadata is missing\)"
@@ -677,7 +677,7 @@ def test_weights_are_read_from_the_newest_whole_one(home: Path, capsys: pytest.C
     before = {name: tensor.clone() for name, tensor in small.model.state_dict().items()}
     small.optimizer.step()
     small.checkpoints.save(progress(2), wait=True)
-    (checkpoint.complete(small.run)[-1] / "__0_0.distcp").unlink()
+    (small.run.complete_checkpoints()[-1] / "__0_0.distcp").unlink()
     read = checkpoint.load_weights(small.run)
     assert read.keys() == before.keys() and same(list(read.values()), list(before.values()))
     assert "step 2 is damaged: __0_0.distcp is missing; an older one is read" in capsys.readouterr().out
@@ -713,7 +713,7 @@ def test_a_checkpoint_of_another_schema_is_refused(
 ):
     composed = config(*TINY, *small_corpus)
     run = copy_of(cut, composed)
-    newest = checkpoint.complete(run)[-1]
+    newest = run.complete_checkpoints()[-1]
     write_progress(newest, schema=schema)
     if schema == 1:
         tree = json.loads((newest / "progress.json").read_text())
@@ -802,7 +802,7 @@ def train_and_hang_while_saving(composed: Config, path: str) -> None:
 
     def write(*arguments: object) -> object:
         done = original(*arguments)  # type: ignore[arg-type]
-        if checkpoint.complete(run):
+        if run.complete_checkpoints():
             truncate(next(run.checkpoints.glob("partial-*")) / "__0_0.distcp")
             (run.path / "hanging").touch()
             time.sleep(600)

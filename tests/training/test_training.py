@@ -144,8 +144,8 @@ def test_resumed_equals_uninterrupted(schedule: list[str], home: Path, small_cor
     composed = config(*overrides)
     whole = train_here(composed)
     whole = RunDirectory(whole.path.rename(home / "whole"))
-    assert [p.name for p in checkpoint.complete(whole)][-1] == f"step-{whole.rows()[-1]['step']:08d}"
-    assert len(checkpoint.complete(whole)) == 2
+    assert [p.name for p in whole.complete_checkpoints()][-1] == f"step-{whole.rows()[-1]['step']:08d}"
+    assert len(whole.complete_checkpoints()) == 2
 
     interrupted = RunDirectory.of(composed)
     saved = {row["step"] for row in whole.rows() if "val/loss" in row}
@@ -181,7 +181,7 @@ def test_resumes_on_another_number_of_ranks(before: str, after: str, home: Path,
     first, second = config(*overrides, f"parallel={before}"), config(*overrides, f"parallel={after}")
     whole = train_here(first)
     whole = RunDirectory(whole.path.rename(home / "whole"))
-    middle = checkpoint.complete(whole)[0]
+    middle = whole.complete_checkpoints()[0]
     progress = json.loads((middle / "progress.json").read_text())
     assert 0 < progress["sequences"] < first.budget_sequences
 
@@ -217,7 +217,7 @@ def test_a_model_that_is_not_finite_fails_and_is_not_saved(home: Path, small_cor
     with pytest.raises(TrainingFailed, match="step 1: validation loss nan"):
         train_here(composed)
     run = RunDirectory.of(composed)
-    assert checkpoint.complete(run) == [] and column(run, "step") == [1, 1]
+    assert run.complete_checkpoints() == [] and column(run, "step") == [1, 1]
 
 
 def test_bfloat16_trains_to_nearly_the_same_loss(home: Path, small_corpus: list[str]):

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.store import RunDirectory, read_rows
 from tests.distributed import column, train_here
@@ -179,7 +178,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(home: Path, small_c
     assert output.count("stopping at the next step, with a checkpoint; once more to stop at once") == 1
     status, row = run.status(), run.last_row()
     assert (status.state, status.error) == ("CANCELLED", "stopped by SIGTERM")
-    assert checkpoint.complete(run)[-1].name == f"step-{row['step']:08d}"
+    assert run.complete_checkpoints()[-1].name == f"step-{row['step']:08d}"
     assert row["step"] >= 20 and row["tokens"] < composed.budget_tokens
     log = (run.logs / "attempt-1.rank-0.log").read_text()
     assert f"stopped at step {row['step']}, {row['tokens']} tokens, with a checkpoint" in log
@@ -258,7 +257,7 @@ def test_a_hung_rank_holds_a_stop_until_the_second_signal_or_the_end_of_the_grac
     assert worker.returncode == 128 + signal.SIGINT and "Traceback" not in output
     late = "; no checkpoint within 2 s" if how == "grace period" else ""
     assert (run.status().state, run.status().error) == ("CANCELLED", f"stopped by SIGINT{late}")
-    assert processes_of(run) == {} and not run.stop_requested() and checkpoint.complete(run) == []
+    assert processes_of(run) == {} and not run.stop_requested() and run.complete_checkpoints() == []
 
 
 def test_a_signal_to_every_process_of_the_job_is_one_stop(home: Path, small_corpus: list[str]):
@@ -270,7 +269,7 @@ def test_a_signal_to_every_process_of_the_job_is_one_stop(home: Path, small_corp
         os.kill(pid, signal.SIGTERM)
     output, _ = worker.communicate(timeout=60)
     assert (worker.returncode, run.status().state) == (128 + signal.SIGTERM, "CANCELLED"), output
-    (saved,) = checkpoint.complete(run)
+    (saved,) = run.complete_checkpoints()
     assert saved.name == f"step-{run.last_row()['step']:08d}"
     assert processes_of(run) == {}
 
@@ -310,6 +309,14 @@ def test_a_wrong_directory_is_refused(home: Path):
     assert "holds no config.yaml" in output and "Traceback" not in output
 
 
+def inspected(file: Path) -> str:
+    """What wandb's own reader finds in an offline file."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)],
+        capture_output=True, text=True, timeout=60, check=True,
+    ).stdout  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", ["offline", "broken"])
 def test_wandb_mirrors_the_record_and_cannot_stop_it(
     mode: str, home: Path, small_corpus: list[str], monkeypatch
@@ -329,13 +336,24 @@ def test_wandb_mirrors_the_record_and_cannot_stop_it(
         return
     (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
     assert file.name == f"run-{run.id}-a1.wandb"
-    inspected = subprocess.run(
-        [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(file)],
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
     assert "WARNING" not in log
-    text = inspected.stdout
+    text = inspected(file)
     assert text.count("throughput/tokens_per_s") >= 6 and "val/loss" in text and "batch.schedule" in text
+
+
+@pytest.mark.parametrize("wish", ["PREEMPTED", "CANCELLED"])
+def test_wandb_is_told_of_a_run_that_will_go_on(wish: str, home: Path, small_corpus: list[str], monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    run = frozen(config(*TINY, *small_corpus, "parallel=single", "budget.tokens=6M", "track.every=1"))
+    worker = start(run)
+    while not list(run.path.glob("wandb/offline-run-*/*.wandb")):
+        assert worker.poll() is None, worker.communicate()[0]
+        time.sleep(0.05)
+    run.request_stop(wish)  # type: ignore[arg-type]
+    output, _ = worker.communicate(timeout=90)
+    assert run.status().state == "CANCELLED", output  # of this attempt, which nobody queues again
+    (file,) = run.path.glob("wandb/offline-run-*/*.wandb")
+    assert ('"type":"preempting"' in inspected(file)) == (wish == "PREEMPTED")
 
 
 def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str], monkeypatch):
