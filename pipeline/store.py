@@ -192,9 +192,6 @@ class RunDirectory:
         write_atomically(self.status_file, json.dumps(dataclasses.asdict(status), indent=1) + "\n")
 
     def update_status(self, **changes: Any) -> None:
-        """Raises FileNotFoundError when somebody deleted the run."""
-        if not self.exists():
-            raise FileNotFoundError(errno.ENOENT, "the run was deleted", str(self.path))
         self.write_status(dataclasses.replace(self.status() or Status("PENDING"), **changes))
 
     # lock

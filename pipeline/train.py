@@ -77,6 +77,7 @@ def train(config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> bool
 class Trainer:
     def __init__(self, config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> None:
         self.config, self.run, self.attempt, self.ranks = config, run, attempt, ranks
+        self.frozen = run.exists()
         self.device = ranks.device
         self.micro, self.length = config.data.micro_batch, config.data.sequence_length
 
@@ -408,15 +409,13 @@ class Trainer:
         now = time.monotonic()
         if now - self.status_at > STATUS_INTERVAL_S or self.finished:
             self.status_at = now
-            try:
-                self.run.update_status(step=row["step"], tokens_seen=row["tokens"])
-            except FileNotFoundError:
+            if self.frozen and not self.run.exists():
                 raise TrainingFailed(
                     f"step {row['step']}: {self.run.path} was deleted under the run; what it trained since "
                     f"is lost. The sweep's command begins it again"
-                ) from None
-            except OSError:
-                pass  # a full disk; the next row tells
+                )
+            with contextlib.suppress(OSError):  # a full disk; the next row tells
+                self.run.update_status(step=row["step"], tokens_seen=row["tokens"])
 
     def close(self, exit_code: int) -> None:
         self.data.close()

@@ -141,7 +141,8 @@ def end(run: RunDirectory, outcome: Outcome) -> None:
     """Records how the attempt ended, and tells."""
     try:
         run.clear_stop()
-        run.update_status(state=outcome.state, exit_code=outcome.exit_code, error=outcome.error)
+        if run.exists():  # else somebody deleted it
+            run.update_status(state=outcome.state, exit_code=outcome.exit_code, error=outcome.error)
     except OSError as problem:
         report(f"status.json could not be written: {problem.strerror}")
     report(f"run {run.id}: {outcome.state}" + (f": {outcome.error}" if outcome.error else ""))
