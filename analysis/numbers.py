@@ -47,6 +47,23 @@ def interval(low: float, high: float) -> str:
     return f"{fixed(low, decimals)} to {fixed(high, decimals)}"
 
 
+def with_limits(mean: float, low: float, high: float) -> str:
+    """2.175 (2.160 to 2.190)"""
+    return f"{fixed(mean, decimals_for((high - low) / 2))} ({interval(low, high)})"
+
+
+def share(mean: float, low: float, high: float) -> str:
+    """80% (28 to 99%)"""
+    return f"{mean:.0%} ({100 * low:.0f} to {high:.0%})"
+
+
+def probability(p: float | None) -> str:
+    """0.34, 0.034, <0.001"""
+    if p is None:
+        return MISSING
+    return "<0.001" if p < 0.001 else f"{p:.{2 if p >= 0.1 else 3}f}"
+
+
 def count(value: float | None) -> str:
     """A mean of counts: 392, 267.5, 12,000."""
     if value is None:

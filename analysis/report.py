@@ -26,7 +26,7 @@ from analysis import settings as facts
 from analysis.curves import Dataset
 from analysis.figures import Figure
 from analysis.load import Run, Sweep
-from analysis.statistics import Estimate
+from analysis.statistics import BOOTSTRAP_SEEDS, Estimate, Interval
 from analysis.summary import RunNumbers, Schedule, run_numbers, summarise
 from analysis.verdict import Comparison, cautions, compare_all, headline, is_baseline, parse_baseline
 from pipeline.store import write_atomically
@@ -89,6 +89,34 @@ class Report:
 
     def comparison_of(self, schedule: Schedule) -> Comparison | None:
         return next((c for c in self.comparisons if c.schedule == schedule.label), None)
+
+    @property
+    def tested(self) -> bool:
+        """Whether any comparison has a p-value."""
+        return any(comparison.p is not None for comparison in self.comparisons)
+
+    @property
+    def enough_seeds(self) -> bool:
+        """Whether any schedule has enough for an interquartile mean."""
+        return any(schedule.val_loss_iqm for schedule in self.schedules)
+
+    @property
+    def methods(self) -> list[str]:
+        """What the columns about chance hold, in sentences."""
+        found = []
+        if self.tested:
+            found += [
+                "p: paired t-test of the difference, corrected for all comparisons of the sweep (Holm).",
+                "Probability of improvement: the share of seeds that end lower than with the baseline, a tie "
+                "as half a seed, with its exact 95% interval.",
+            ]
+        if self.tested or self.enough_seeds:
+            found.append(
+                f"Interquartile mean: of the middle half of the seeds, with its 95% bootstrap interval, from "
+                f"{BOOTSTRAP_SEEDS} seeds on; of fewer, such an interval misses far too often (of 2 every "
+                f"other time)."
+            )
+        return found
 
     def is_baseline(self, schedule: Schedule) -> bool:
         return is_baseline(schedule, self.baseline)
@@ -161,14 +189,24 @@ def _schedule_row(report: Report, schedule: Schedule) -> dict[str, Any]:
         **{field: schedule.mean(field) for field in ("steps", "tokens", "mean_batch", "final_batch")},
         **_estimate_fields("train_loss", schedule.train_loss),
         **_estimate_fields("val_loss", schedule.val_loss),
-        **_estimate_fields("difference", comparison.difference if comparison else None),
+        **_estimate_fields("val_loss_iqm", schedule.val_loss_iqm),
+        **_test_fields(comparison),
         "verdict": comparison.kind if comparison else None,
         "tokens_per_second": schedule.mean("tokens_per_second"),
         "seconds": schedule.mean("seconds"),
     }
 
 
-def _estimate_fields(name: str, estimate: Estimate | None) -> dict[str, Any]:
+def _test_fields(comparison: Comparison | None) -> dict[str, Any]:
+    return {
+        **_estimate_fields("difference", comparison.difference if comparison else None),
+        "p": comparison.p if comparison else None,
+        "p_adjusted": comparison.p_adjusted if comparison else None,
+        **_estimate_fields("improvement", comparison.improvement if comparison else None),
+    }
+
+
+def _estimate_fields(name: str, estimate: Estimate | Interval | None) -> dict[str, Any]:
     if estimate is None:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
     return {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
@@ -212,7 +250,7 @@ def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
         "baseline": comparison.baseline,
         "verdict": comparison.kind,
         "seeds": comparison.seeds,
-        **_estimate_fields("difference", comparison.difference),
+        **_test_fields(comparison),
         "steps": steps[0],
         "baseline_steps": steps[1],
         "seconds": seconds[0],
@@ -309,6 +347,9 @@ def render(template: str, report: Report, **more: object) -> str:
         "compact": text.compact,
         "duration": text.duration,
         "estimate": lambda e: text.MISSING if e is None else text.with_interval(e.mean, e.half_width),
+        "limits": lambda i: text.MISSING if i is None else text.with_limits(i.mean, i.low, i.high),
+        "share": lambda i: text.MISSING if i is None else text.share(i.mean, i.low, i.high),
+        "probability": text.probability,
         "difference": _difference,
         "date": facts.date,
         "tied": _tied,

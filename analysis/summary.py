@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from analysis.load import Run, Sweep
-from analysis.statistics import Estimate, estimate
+from analysis.statistics import Estimate, Interval, estimate, interquartile
 from pipeline.config import Config
 from pipeline.identity import identity_fields
 
@@ -45,6 +45,7 @@ class Schedule:
     superseded: list[Run]  # by a newer finished run of the same seed: they count nowhere
     numbers: dict[int, RunNumbers]  # by point, finished runs only
     val_loss: Estimate | None
+    val_loss_iqm: Interval | None  # the interquartile mean, of enough seeds
     train_loss: Estimate | None
     diverged: int  # finished runs whose final validation loss is no finite number
 
@@ -195,6 +196,7 @@ def _schedule(
         superseded=superseded,
         numbers=finished,
         val_loss=estimate(losses),
+        val_loss_iqm=interquartile([losses]),
         train_loss=estimate([n.train_loss for n in finished.values() if n.train_loss is not None]),
         diverged=sum(not math.isfinite(loss) for loss in losses),
     )

@@ -1,20 +1,30 @@
 """Which schedule is better: one plain sentence per comparison, with the numbers it rests on.
 
 A schedule is better or worse than the baseline when the 95 % interval of the paired difference of their
-final validation losses excludes zero. The sentence always gives steps and time beside the loss, since a
-comparison at equal tokens alone hides what large batches buy.
+final validation losses excludes zero, and its p-value stays below 0.05 after correction for all comparisons
+of the sweep. The sentence always gives steps and time beside the loss, since a comparison at equal tokens
+alone hides what large batches buy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from analysis import numbers as text
 from analysis.load import SEED
-from analysis.statistics import Estimate, paired_difference, t_factor
+from analysis.statistics import (
+    SIGNIFICANCE,
+    Estimate,
+    Interval,
+    holm,
+    improvement,
+    p_value,
+    paired_difference,
+    t_factor,
+)
 from analysis.summary import Schedule
 from pipeline.config import ConfigError, nearest
 
@@ -47,6 +57,9 @@ class Comparison:
     seconds: tuple[float, float] | None
     statement: str  # how the losses compare
     cost: str  # what it took; empty when unknown
+    p: float | None = None  # of the difference; None where the losses give no verdict
+    p_adjusted: float | None = None  # corrected for all comparisons of the sweep that have one
+    improvement: Interval | None = None  # probability that a seed ends lower than with the baseline
 
     @property
     def sentence(self) -> str:
@@ -113,14 +126,30 @@ def counterpart(
 
 def compare_all(schedules: Sequence[Schedule], baseline: dict[str, str]) -> list[Comparison]:
     """Every schedule that is not a baseline against its own."""
-    return [
+    found = [
         compare(schedule, counterpart(schedule, baseline, schedules))
         for schedule in schedules
         if not is_baseline(schedule, baseline)
     ]
+    adjusted = holm({c.schedule: c.p for c in found if c.p is not None})
+    return [_corrected(comparison, adjusted) for comparison in found]
+
+
+def _corrected(comparison: Comparison, adjusted: Mapping[str, float]) -> Comparison:
+    """With its corrected p-value; of many intervals some leave out zero by chance, and that is no verdict."""
+    p = adjusted.get(comparison.schedule)
+    found = replace(comparison, p_adjusted=p)
+    if p is None or p < SIGNIFICANCE or comparison.kind == "not distinguishable":
+        return found
+    statement = (
+        f"{comparison.statement}; the interval leaves out zero, but not after correction for {len(adjusted)} "
+        f"comparisons (p = {text.probability(p)})"
+    )
+    return replace(found, kind="not distinguishable", statement=statement)
 
 
 def compare(schedule: Schedule, baseline: Schedule | None) -> Comparison:
+    """By itself, as if it were the only comparison."""
     if baseline is None:
         why = f"{schedule.label} has no baseline with the same other settings in this sweep: not compared"
         return Comparison(schedule.label, None, "no baseline", None, [], None, None, why, "")
@@ -132,9 +161,12 @@ def compare(schedule: Schedule, baseline: Schedule | None) -> Comparison:
     seconds = _means("seconds", schedule, baseline, seeds)
     statement = _statement(schedule, baseline, kind, difference)
     cost = "" if kind in ("not finished", "different budget", "diverged") else _cost(steps, seconds)
-    return Comparison(
+    found = Comparison(
         schedule.label, baseline.label, kind, difference, seeds, steps, seconds, statement, cost
     )
+    if kind not in DECIDED or difference is None:
+        return found
+    return replace(found, p=p_value(difference), improvement=improvement(own, reference))
 
 
 def _kind(schedule: Schedule, baseline: Schedule, difference: Estimate | None) -> Kind:
@@ -266,8 +298,8 @@ def cautions(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
     decided = sum(c.kind in DECIDED for c in comparisons)
     if decided > 1:
         notes.append(
-            f"Each of the {decided} comparisons has its own 95% interval, "
-            f"not widened for being one of several."
+            f"Better and worse need p below {SIGNIFICANCE:g} after Holm's correction for {decided} "
+            f"comparisons. Each 95% interval is that of one comparison, not widened for being one of several."
         )
     notes += [
         f"{s.diverged} of {len(s.finished)} finished runs of {s.label} ended without a finite validation "

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from analysis.load import load_sweep
+from analysis.report import build, render_html
 from tests.analysis.browser import BINARY, Browser, browser
+from tests.analysis.synthetic import pairs, write_sweep
 
 pytestmark = pytest.mark.skipif(BINARY is None, reason="no Chromium or Chrome on PATH")
 
@@ -54,6 +57,19 @@ def test_the_answer_is_on_the_first_screen(page: Browser, demo: Path) -> None:
         "document.querySelector('.verdicts li:nth-child(3)').getBoundingClientRect().bottom"
     )
     assert bottom < 800
+
+
+def test_the_widest_table_scrolls_inside_the_page(page: Browser, home: Path) -> None:
+    """With enough seeds for every column."""
+    write_sweep("s", pairs({name: [2.0, 2.1, 2.3, 2.2, 2.4] for name in ("constant_16", "norm_test")}))
+    path = home / "report.html"
+    path.write_text(render_html(build(load_sweep("s"), [], 0.0)))
+    page.emulate(390, 844, "light", phone=True)
+    page.open(path)
+    page.wait(DRAWN.format("light"))
+    assert page.evaluate("document.querySelectorAll('[aria-labelledby=schedules] thead th').length") == 13
+    assert page.evaluate(SIDEWAYS) <= 0
+    assert page.evaluate(OVERFLOWING) == []
 
 
 def test_charts_follow_the_scheme_and_the_legend(page: Browser, demo: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from analysis import curves, figures, look, panels
 from analysis.__main__ import main
 from analysis.load import load_sweep
-from analysis.report import build, render, render_html, to_json
+from analysis.report import build, render, render_html, schedules_table, to_json
 from tests.analysis.synthetic import (
     Point,
     command_of,
@@ -125,6 +125,9 @@ def test_every_number_of_the_markdown_is_in_the_json(demo: Path, content: dict[s
         assert shows(row["validation loss"], numbers["val_loss"], half(numbers, "val_loss"))
         assert shows(row["training loss"], numbers["train_loss"], half(numbers, "train_loss"))
         assert shows(row["difference to baseline"], numbers["difference"], half(numbers, "difference"))
+        assert shows(row["p, corrected"], numbers["p_adjusted"])
+        shares = [numbers[f"improvement{end}"] for end in ("", "_low", "_high")]
+        assert shows(row["probability of improvement"], *(None if x is None else 100 * x for x in shares))
         for column, name in (
             ("steps", "steps"),
             ("mean batch", "mean_batch"),
@@ -177,6 +180,42 @@ def test_failed_and_refused_runs_are_listed_with_the_way_on(demo: Path, content:
 def test_figures_of_the_markdown_exist(demo: Path) -> None:
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (demo / "report.md").read_text())
     assert len(links) == 5 and all((demo / link).exists() for link in links)
+
+
+FIVE = [2.0, 2.1, 2.3, 2.9, 2.2]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "there"), [(1, (False, False, False)), (4, (False, True, True)), (5, (True, True, True))]
+)
+def test_columns_come_with_the_seeds_that_they_need(
+    home: Path, seeds: int, there: tuple[bool, bool, bool]
+) -> None:
+    write_sweep("s", pairs({"constant_16": FIVE[:seeds], "norm_test": FIVE[:seeds]}))
+    report = build(load_sweep("s"), [], 0.0)
+    columns = ("interquartile mean", "p, corrected", "probability of improvement")
+    markdown = render("report.md.j2", report)
+    assert tuple(column in cells(markdown, "Schedules")[0] for column in columns) == there
+    page = render_html(report).replace("<br>", " ")
+    assert tuple(f">{column}</th>" in page for column in columns) == there
+    for text in (markdown, page):
+        assert ("95% bootstrap interval, from 5 seeds on" in text) == (seeds > 1)
+
+
+def test_the_interquartile_mean_stands_where_the_seeds_suffice(home: Path) -> None:
+    """A dash elsewhere. Of the four shared seeds all tie."""
+    write_sweep("s", pairs({"constant_16": FIVE, "norm_test": FIVE[:4]}))
+    report = build(load_sweep("s"), [], 0.0)
+    numbers, few = to_json(report)["schedules"]
+    middle, low, high = (numbers[f"val_loss_iqm{end}"] for end in ("", "_low", "_high"))
+    assert middle == pytest.approx(0.3 * 2.1 + 0.4 * 2.2 + 0.3 * 2.3) and 2.0 <= low < middle < high <= 2.9
+    shown = cells(render("report.md.j2", report), "Schedules")
+    assert shows(shown[0]["interquartile mean"], middle, low, high)
+    assert shown[1]["interquartile mean"] == "–" and few["val_loss_iqm"] is None
+    assert (shown[1]["p, corrected"], shown[1]["probability of improvement"][:4]) == ("1.00", "50% ")
+    table = list(csv.DictReader(schedules_table(report).write_csv().splitlines()))
+    assert [float(table[0][f"val_loss_iqm{end}"]) for end in ("", "_low", "_high")] == [middle, low, high]
+    assert [table[1][name] for name in ("p", "p_adjusted", "improvement")] == ["1.0", "1.0", "0.5"]
 
 
 # --- html ------------------------------------------------------------------------------------------------

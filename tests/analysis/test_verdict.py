@@ -80,12 +80,67 @@ def test_the_headline_says_what_cannot_be_told_from_the_best(home: Path) -> None
     )
 
 
+def around(difference: float, scatter: float = 0.01) -> list[float]:
+    """Three losses off those of BASELINE: the difference is √3 · difference / scatter standard errors."""
+    return [b + difference + e for b, e in zip(BASELINE, (-scatter, 0.0, scatter), strict=True)]
+
+
+BASELINE = [2.2, 2.0, 2.1]
+P_3, P_10 = 1 - math.sqrt(27 / 29), 1 - math.sqrt(300 / 302)  # 2 degrees: 1 − t/√(2 + t²), t² = 3 · (d/s)²
+
+
+def test_a_single_comparison_is_not_corrected(home: Path) -> None:
+    found = report(pairs({"constant_16": BASELINE, "norm_test": around(-0.03)}))
+    (comparison,) = found.comparisons
+    assert comparison.kind == "better" and "correction" not in comparison.sentence
+    assert comparison.p == pytest.approx(P_3) == pytest.approx(0.0351, abs=1e-4)
+    assert comparison.p_adjusted == comparison.p
+    assert not any("Holm" in note for note in found.cautions)
+
+
+def test_several_comparisons_are_corrected_for_their_number(home: Path) -> None:
+    """Holm: 3 · 0.0033 = 0.010 is below 0.05, 2 · 0.0351 = 0.070 is not, nor the last, which is no less."""
+    losses = {"norm_test": around(-0.03), "stages": around(-0.10), "constant_64": around(0.03)}
+    found = report(pairs({"constant_16": BASELINE, **losses}))
+    norm_test, stages, constant_64 = found.comparisons
+    assert [c.p for c in found.comparisons] == [pytest.approx(p) for p in (P_3, P_10, P_3)]
+    assert [c.p_adjusted for c in found.comparisons] == [
+        pytest.approx(p) for p in (2 * P_3, 3 * P_10, 2 * P_3)
+    ]
+    assert [c.kind for c in found.comparisons] == ["not distinguishable", "better", "not distinguishable"]
+    assert norm_test.sentence.startswith(
+        f"norm_test ends at validation loss 2.07 ± 0.22, 0.030 lower than constant_16 (95% interval {MINUS}0.055 to "
+        f"{MINUS}0.005, 3 seeds); the interval leaves out zero, but not after correction for 3 comparisons (p = 0.070): "
+        "not distinguishable; it took "
+    )
+    assert "higher than" in constant_64.sentence and "not after correction" in constant_64.sentence
+    assert "correction" not in stages.sentence
+    assert any("p below 0.05 after Holm's correction for 3 comparisons" in note for note in found.cautions)
+
+
+def test_only_comparisons_with_a_verdict_count_in_the_correction(home: Path) -> None:
+    losses = {"norm_test": around(-0.03), "stages": [1.0, 2.0, math.nan], "constant_64": [2.0]}
+    found = report(pairs({"constant_16": BASELINE, **losses}))
+    assert [c.kind for c in found.comparisons] == ["better", "diverged", "one seed"]
+    assert [c.p_adjusted for c in found.comparisons] == [pytest.approx(P_3), None, None]
+    assert [c.improvement is None for c in found.comparisons] == [False, True, True]
+
+
+def test_the_probability_of_improvement_is_that_of_the_shared_seeds(home: Path) -> None:
+    """Lower, equal, higher: half of three; at least 1 and at most 2 of 3 won."""
+    found = verdict(pairs({"constant_16": [2.0, 2.1, 2.2, 9.0], "norm_test": [1.9, 2.1, 2.3]}))
+    assert found.improvement is not None and found.improvement.mean == 0.5
+    least = 1 - 0.975 ** (1 / 3)  # of one or more in three
+    assert (found.improvement.low, found.improvement.high) == (pytest.approx(least), pytest.approx(1 - least))
+
+
 def test_one_seed_gives_no_interval_and_no_verdict(home: Path) -> None:
     found = report(pairs({"constant_16": [2.2], "norm_test": [2.0]}))
     (comparison,) = found.comparisons
     assert comparison.kind == "one seed"
     assert "0.200 lower than constant_16 (1 seed, so no interval and no verdict)" in comparison.sentence
     assert "±" not in comparison.sentence and "±" not in found.headline
+    assert (comparison.p, comparison.p_adjusted, comparison.improvement) == (None, None, None)
     assert any(note.startswith("With one seed") for note in found.cautions)
 
 
