@@ -84,7 +84,8 @@ def interquartile(strata: Sequence[Sequence[float]]) -> Interval | None:
     """The interquartile mean of all values with its 95 % percentile bootstrap interval (Efron 1979).
 
     Each stratum (values that may scatter around a centre of their own) is resampled by itself, so that every
-    resample holds as many of each. The same values always give the same interval. None where a stratum has
+    resample holds as many of each. The same values always give the same interval. Of 5 values it covers the
+    centre of a normal distribution in about 91 % of experiments, of more in more. None where a stratum has
     fewer than BOOTSTRAP_SEEDS values or one that is not finite.
     """
     groups = [np.asarray(stratum, dtype=np.float64) for stratum in strata]
@@ -120,7 +121,7 @@ def p_value(difference: Estimate) -> float | None:
         return float(difference.mean == 0)
     degrees = difference.n - 1
     t = t_factor(degrees) * abs(difference.mean) / difference.half_width
-    return max(1 - _central_probability(t, degrees), 0.0)
+    return max(1 - _central_probability(t, degrees), 0.0)  # far out the series rounds to 1 + 2⁻⁵²
 
 
 def improvement(values: Mapping[str, float], baseline: Mapping[str, float]) -> Interval | None:

@@ -109,7 +109,7 @@ def test_several_comparisons_are_corrected_for_their_number(home: Path) -> None:
     ]
     assert [c.kind for c in found.comparisons] == ["not distinguishable", "better", "not distinguishable"]
     assert norm_test.sentence.startswith(
-        f"norm_test ends at validation loss 2.07 ± 0.22, 0.030 lower than constant_16 (95% interval {MINUS}0.055 to "
+        f"norm_test ends at validation loss 2.07 ± 0.24, 0.030 lower than constant_16 (95% interval {MINUS}0.055 to "
         f"{MINUS}0.005, 3 seeds); the interval leaves out zero, but not after correction for 3 comparisons (p = 0.070): "
         "not distinguishable; it took "
     )
