@@ -127,11 +127,10 @@ def test_only_comparisons_with_a_verdict_count_in_the_correction(home: Path) -> 
 
 
 def test_the_probability_of_improvement_is_that_of_the_shared_seeds(home: Path) -> None:
-    """Lower, equal, higher: half of three; at least 1 and at most 2 of 3 won."""
-    found = verdict(pairs({"constant_16": [2.0, 2.1, 2.2, 9.0], "norm_test": [1.9, 2.1, 2.3]}))
-    assert found.improvement is not None and found.improvement.mean == 0.5
-    least = 1 - 0.975 ** (1 / 3)  # of one or more in three
-    assert (found.improvement.low, found.improvement.high) == (pytest.approx(least), pytest.approx(1 - least))
+    """Lower, equal, lower: 2½ of three. Two or more of three have a probability 3p² − 2p³."""
+    found = verdict(pairs({"constant_16": [2.0, 2.1, 2.2, 0.0], "norm_test": [1.9, 2.1, 2.1]})).improvement
+    assert found is not None and found.mean == pytest.approx(5 / 6)
+    assert 3 * found.low**2 - 2 * found.low**3 == pytest.approx(0.025) and found.high == 1.0
 
 
 def test_one_seed_gives_no_interval_and_no_verdict(home: Path) -> None:
