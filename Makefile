@@ -48,6 +48,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.statistics
+	$(BIN)/python -m benchmarks.analysis
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from analysis.load import load_sweep
 from analysis.report import Report, build, to_json, write
+from analysis.sources import SOURCES
 from pipeline.config import ConfigError
 from pipeline.store import home, python
 
@@ -31,11 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     try:
-        report = build(load_sweep(options.sweep), options.baseline, time.time())
+        report = build(load_sweep(options.sweep, options.source), options.baseline, time.time())
     except ConfigError as error:
         print("\n".join(error.problems), file=sys.stderr)
         return 2
-    paths = write(report, home() / "reports" / report.sweep.name)
+    folder = home() / "reports" / report.sweep.name
+    # Beside the report of the record, which knows more.
+    paths = write(report, folder if options.source == "record" else folder / options.source)
     if options.json:
         print(json.dumps({**to_json(report), "files": [str(p) for p in paths]}, indent=1, allow_nan=False))
     else:
@@ -56,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="AXIS=VALUE",
         help="what the others are compared with, such as batch=constant_16; may be given for several axes "
         "(default: the first constant batch, else the first schedule)",
+    )
+    parser.add_argument(
+        "--source",
+        default="record",
+        metavar="SOURCE",
+        help=f"where the rows of the runs are read from: {' or '.join(SOURCES)} (default: record)",
     )
     parser.add_argument("--json", action="store_true", help="print report.json and the paths instead of text")
     return parser

@@ -6,6 +6,7 @@ with what is known about it.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 import polars as pl
 
+from analysis.sources import COLUMNS, Log, Source, source
 from pipeline.config import Config, ConfigError, nearest
 from pipeline.identity import identity_fields
 from pipeline.store import Row, RunDirectory, State, Status, home
@@ -21,18 +23,6 @@ from pipeline.store import Row, RunDirectory, State, Status, home
 UNKNOWN = "?"
 SEED = "seed"  # runs that differ in this axis alone are the same schedule
 
-# Columns of the record that the analysis reads; a column that a row lacks is null.
-COLUMNS = (
-    "step",
-    "tokens",
-    "time",
-    "sequences",
-    "train/loss",
-    "val/loss",
-    "batch/size",
-    "batch/requested",
-    "stat/noise_scale",
-)
 RECORD = {"point": pl.Int64, **{column: pl.Float64 for column in COLUMNS}}
 
 # INVALID: the point was refused. MISSING: nothing was started. UNREADABLE: the files are damaged or foreign.
@@ -79,17 +69,24 @@ class Sweep:
     common: dict[str, str]
     runs: list[Run]
     record: pl.DataFrame  # schema RECORD, in the order of training
+    source: Source  # of the record
+    cautions: list[str]  # what a reader must know of it
 
 
-def load_sweep(name: str) -> Sweep:
-    """The sweep of this name in home(). Raises ConfigError with the nearest name when there is none."""
+def load_sweep(name: str, source_name: str = "record") -> Sweep:
+    """The sweep of this name in home(), with the rows of its runs from this source (analysis.sources).
+
+    Raises ConfigError, with the nearest name when there is no such sweep or source.
+    """
+    origin = source(source_name)
     manifest = _read_manifest(name)
-    runs, tables = [], []
+    runs, logs, tables = [], [], []
     command = [str(word) for word in manifest["command"]]
     for number, point in enumerate(_distinct(manifest["points"])):
-        run, rows = _load_point(number, point, command)
+        run, log = _load_point(number, point, command, origin)
         runs.append(run)
-        tables.append(record_table(number, rows))
+        logs.append(log)
+        tables.append(record_table(number, log.rows))
     return Sweep(
         name=str(manifest["name"]),
         command=command,
@@ -98,6 +95,8 @@ def load_sweep(name: str) -> Sweep:
         common={str(key): str(value) for key, value in manifest.get("common", {}).items()},
         runs=runs,
         record=pl.concat([pl.DataFrame(schema=RECORD), *tables]),
+        source=origin,
+        cautions=origin.cautions(logs),
     )
 
 
@@ -147,28 +146,34 @@ def _distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _load_point(number: int, point: dict[str, Any], last: list[str]) -> tuple[Run, list[Row]]:
+def _load_point(number: int, point: dict[str, Any], last: list[str], origin: Source) -> tuple[Run, Log]:
     """`last`: the manifest's own command, for points written before each had one."""
     axes = {str(axis): str(value) for axis, value in point["axes"].items()}
     command = [str(word) for word in point.get("command") or last]
     if point["run"] is None:
-        return Run(number, None, axes, "INVALID", point.get("problem"), None, None, command), []
+        return Run(number, None, axes, "INVALID", point.get("problem"), None, None, command), Log()
     directory = RunDirectory(home() / "runs" / point["run"])
     if not directory.config_file.exists():
-        return Run(number, directory.id, axes, "MISSING", None, None, None, command), []
+        return Run(number, directory.id, axes, "MISSING", None, None, None, command), Log()
     config, config_problem = _attempt(directory.config, directory.config_file)
     status, status_problem = _attempt(directory.status, directory.status_file)
-    rows, rows_problem = _attempt(directory.rows, directory.metrics_file)
-    unreadable = config_problem or status_problem or rows_problem
-    if status and status.state == "DONE" and not any("batch/size" in row for row in rows or []):
-        unreadable = (
-            unreadable or f"{directory.metrics_file.name} holds no training step, though the run is done"
-        )
+    log, log_problem = _attempt(functools.partial(origin.read, directory), directory.path / origin.files)
+    unreadable = config_problem or status_problem or log_problem
+    if status and status.state == "DONE" and (gap := _gap(log or Log(), status)):
+        unreadable = unreadable or f"{origin.files} {gap}, though the run is done"
     state: PointState = "UNREADABLE" if unreadable else status.state if status else "MISSING"
     if state == "RUNNING" and _attempt(directory.is_locked, directory.path)[0] is False:
         state = "INTERRUPTED"  # it died without a word
     problem = unreadable or (status.error if status else None)
-    return Run(number, directory.id, axes, state, problem, config, status, command), rows or []
+    return Run(number, directory.id, axes, state, problem, config, status, command), log or Log()
+
+
+def _gap(log: Log, status: Status) -> str | None:
+    """Why this is not all of a finished run: the loss where it ends would be taken for the final one."""
+    if not log.trained:
+        return "holds no training step"
+    last = log.rows[-1]["step"]
+    return f"ends at step {last} of {status.step}" if last < status.step else None
 
 
 T = TypeVar("T")

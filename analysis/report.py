@@ -142,7 +142,7 @@ def build(sweep: Sweep, baseline: Sequence[str], written: float) -> Report:
         baseline=chosen,
         comparisons=comparisons,
         headline=headline(schedules, comparisons),
-        cautions=cautions(schedules, comparisons),
+        cautions=[*cautions(schedules, comparisons), *sweep.cautions],
         settings=facts.describe(sweep),
         figures=figures,
         datasets=datasets,
@@ -217,6 +217,7 @@ def to_json(report: Report) -> dict[str, Any]:
     content = {
         "sweep": report.sweep.name,
         "command": report.sweep.command,
+        "source": report.sweep.source.name,
         "written": report.written,
         "finished": len(report.finished),
         "runs_in_all": len(report.runs),

@@ -75,8 +75,9 @@ def _numbers(rows: pl.DataFrame) -> RunNumbers:
     training = rows.filter(pl.col("batch/size").is_not_null())
     if training.is_empty():
         return RunNumbers(None, None, None, None, None, None, None, None)
+    # Of the last row, whichever kind: a throttled log may hold the final evaluation, not the step before it.
     steps, tokens, seconds, sequences = (
-        float(training[column][-1]) for column in ("step", "tokens", "time", "sequences")
+        float(rows[column][-1]) for column in ("step", "tokens", "time", "sequences")
     )
     evaluations = rows.filter(pl.col("val/loss").is_not_null() & (pl.col("step") == steps))
     return RunNumbers(

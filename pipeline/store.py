@@ -267,7 +267,7 @@ class RunDirectory:
                 lines = file.read().split(b"\n")[1 if file.tell() > _TAIL_BYTES else 0 : -1]
         except FileNotFoundError:
             return None
-        rows = (_decode(json.loads(line)) for line in reversed(lines))
+        rows = (decode(json.loads(line)) for line in reversed(lines))
         return next((row for row in rows if "train/loss" in row), None)
 
 
@@ -285,7 +285,7 @@ def read_rows(path: Path) -> list[Row]:
         data = path.read_bytes()
     except FileNotFoundError:
         return []
-    return [_decode(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+    return [decode(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]
 
 
 def supersede(rows: list[Row]) -> list[Row]:
@@ -364,5 +364,6 @@ def _non_finite_name(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _decode(row: Row) -> Row:
+def decode(row: Row) -> Row:
+    """NaN and infinities as floats, for which JSON has only names."""
     return {k: _NON_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()}

@@ -187,3 +187,23 @@ def test_an_unfinished_run_is_superseded_by_a_newer_finished_one_only(
     (schedule,) = summarise(sweep, run_numbers(sweep.record))
     assert len(schedule.superseded) == superseded and len(schedule.finished) == 1
     assert schedule.val_loss is not None and schedule.val_loss.mean == 2.0
+
+
+# --- logs that do not hold every step --------------------------------------------------------------------
+
+
+def test_the_end_of_a_run_is_its_last_row_though_the_last_step_is_not_in_the_log() -> None:
+    rows = [train_row(2, 2048, 5.0, 8, 1.0), val_row(3, 3072, 4.5, 2.0)]
+    found = numbers_of(rows)
+    assert (found["steps"], found["tokens"], found["seconds"], found["val_loss"]) == (3, 3072, 2.0, 4.5)
+
+
+def test_a_finished_run_whose_record_ends_early_is_no_finished_run(home: Path) -> None:
+    """Its last loss would be taken for the final one."""
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    run = RunDirectory(home / "runs" / str(load_sweep("s").runs[0].id))
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    run.metrics_file.write_text("".join(lines[:2]))
+    (found,) = load_sweep("s").runs
+    assert found.state == "UNREADABLE"
+    assert found.problem == "metrics.jsonl ends at step 2 of 4, though the run is done"
