@@ -13,6 +13,7 @@ from launchers import status
 from launchers.control import cancel, resume
 from launchers.logs import logs
 from launchers.standing import Target, find
+from launchers.sync import sync
 from launchers.table import make_console
 from pipeline.config import ConfigError
 from pipeline.overrides import run_command
@@ -39,6 +40,8 @@ def _run(console: Console, options: argparse.Namespace, rest: list[str]) -> int:
             return status.watch(console, target, options.json)
         case "logs":
             return logs(console, target, options.rank, options.attempt, options.follow, options.json)
+        case "sync":
+            return sync(console, target, options.json)
         case "cancel":
             return cancel(
                 console,
@@ -90,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--yes", action="store_true", help="do not ask")
     one = command("resume", "goes on with what is missing; takes launch.minutes=… and the like", json=False)
     one.add_argument("--launcher", choices=("local", "slurm"), help="by default as before")
+    command("sync", "sends the runs that were logged offline to wandb, each once")
     command("report", "compares the runs: python -m analysis", json=False)
     return parser
 

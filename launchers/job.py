@@ -32,6 +32,7 @@ from typing import Literal
 from submitit import JobEnvironment
 from submitit.helpers import Checkpointable, TorchDistributedEnvironment
 
+from launchers.manifest import link_wandb
 from pipeline import worker
 from pipeline.config import Config, ConfigError, check
 from pipeline.store import AlreadyRunning, RunDirectory, report, write_atomically
@@ -160,6 +161,8 @@ class Task:
         if outcome.state == "PREEMPTED" and in_vain and self._reached_limit(config):
             outcome = _stuck(config)  # it would be queued again for ever
         worker.end(run, outcome)
+        if config.sweep.name:
+            link_wandb(config.sweep.name, run.id)
         return outcome
 
     def _watch(self, run: RunDirectory, config: Config, start: Start) -> Outcome:

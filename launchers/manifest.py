@@ -3,7 +3,7 @@
     manifest.json  name, created, command, launcher, axes, common,
                    points: [{run, axes, overrides, problem, command}]
                    jobs: [{name, kind, shape, runs, ids, released}]: batches sent to a cluster, see slurm.py
-    wandb/         relative links to runs/<id>/wandb/offline-run-*, for wandb leet and wandb sync
+    wandb/         relative links to runs/<id>/wandb/offline-run-*, for wandb leet
 
 A manifest only grows: the same command again, or another with the same sweep.name, adds its points. The
 command of the manifest is the last one; that of a point is the last that asked for the point, so that the

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 from tests.disk import mounted
+from tests.wandb_server import WandbServer
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("crescendo", deadline=None)
@@ -33,6 +34,17 @@ def small_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with mounted(home / "disk", "16m") as disk:
         monkeypatch.setenv("CRESCENDO_HOME", str(disk))
         yield disk
+
+
+@pytest.fixture
+def wandb_server(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[WandbServer]:
+    """A stand-in for wandb's server, the one that clients started here know, with a login."""
+    with WandbServer() as server:
+        for name, value in server.environment(tmp_path_factory.mktemp("client")).items():
+            monkeypatch.setenv(name, value)
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,16 @@ def ended(run: RunDirectory) -> tuple[str, int, str]:
 
 
 @pytest.mark.slow
+def test_wandbs_files_lie_side_by_side_in_the_sweep(job: Job, frozen: Frozen, home: Path) -> None:
+    run = frozen(SHORT)
+    written = run.path / "wandb" / "offline-run-20260101_000000-x"
+    written.mkdir(parents=True)
+    job.start([run], 1)
+    job.wait()
+    (link,) = (home / "sweeps" / "s" / "wandb").iterdir()
+    assert link.resolve() == written
+
+
 def test_one_task_trains_a_run_and_then_finds_it_done(job: Job, frozen: Frozen) -> None:
     run = frozen(SHORT)
     job.start([run], 1)
