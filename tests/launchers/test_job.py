@@ -141,7 +141,7 @@ def ended(run: RunDirectory) -> tuple[str, int, str]:
 
 @pytest.mark.slow
 def test_wandbs_files_lie_side_by_side_in_the_sweep(job: Job, frozen: Frozen, home: Path) -> None:
-    run = frozen(SHORT)
+    run = frozen(SHORT, "sweep.name=s")
     written = run.path / "wandb" / "offline-run-20260101_000000-x"
     written.mkdir(parents=True)
     job.start([run], 1)
