@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.load import load_sweep
-from analysis.report import Report, build, to_json, write
+from analysis.render import write
+from analysis.report import Report, build
 from analysis.sources import SOURCES
+from analysis.tables import to_json
 from pipeline.config import ConfigError
 from pipeline.store import home, python
 

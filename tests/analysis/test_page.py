@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from analysis.load import load_sweep
-from analysis.report import build, render_html
+from analysis.render import render_html
+from analysis.report import build
 from tests.analysis.browser import BINARY, Browser, browser
 from tests.analysis.synthetic import pairs, write_sweep
 

@@ -19,7 +19,9 @@ import pytest
 from analysis import curves, figures, look, panels
 from analysis.__main__ import main
 from analysis.load import load_sweep
-from analysis.report import build, render, render_html, schedules_table, to_json
+from analysis.render import render, render_html
+from analysis.report import build
+from analysis.tables import schedules_table, to_json
 from tests.analysis.synthetic import (
     Point,
     command_of,

@@ -17,7 +17,8 @@ import pytest
 
 from analysis.__main__ import main
 from analysis.load import load_sweep
-from analysis.report import build, to_json
+from analysis.report import build
+from analysis.tables import to_json
 from pipeline.config import ConfigError
 from pipeline.store import Row, RunDirectory
 from tests.analysis.synthetic import Point, short_run, write_sweep

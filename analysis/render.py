@@ -1,0 +1,139 @@
+"""The files of a report: report.html, report.md, report.json, the tables and the figures.
+
+The report has decided everything; here it is only put into words and files, all from the same object.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+
+from analysis import figures as charts
+from analysis import look, panels
+from analysis import numbers as text
+from analysis import settings as facts
+from analysis.curves import Dataset
+from analysis.report import Report
+from analysis.tables import plain, runs_table, schedules_table, to_json
+from analysis.verdict import Comparison
+from pipeline.store import write_atomically
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write(report: Report, folder: Path) -> list[Path]:
+    """All files of the report; returns their paths, report.html first."""
+    texts = {
+        "report.html": render_html(report),
+        "report.md": render("report.md.j2", report),
+        "report.json": json.dumps(to_json(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+        "runs.csv": runs_table(report).write_csv(),
+        "schedules.csv": schedules_table(report).write_csv(),
+    }
+    images = folder / "figures"
+    images.mkdir(parents=True, exist_ok=True)
+    for stale in set(images.glob("*.png")) - {images / f"{figure.name}.png" for figure in report.figures}:
+        stale.unlink()
+    for figure in report.figures:
+        spec = charts.joined(figure, report.datasets, report.labels)
+        (images / f"{figure.name}.png").write_bytes(charts.png(spec))
+    for name, content in texts.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in texts] + [images / f"{figure.name}.png" for figure in report.figures]
+
+
+def render_html(report: Report) -> str:
+    """The page with everything inside: styles, data and the chart library. It loads nothing."""
+    font = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
+    n = len(report.labels)
+    page = {
+        "panels": {panel.name: panel.spec for figure in report.figures for panel in figure.panels},
+        "datasets": {name: _encoded(data) for name, data in report.datasets.items()},
+        "config": {s: look.config(s, n, font) for s in look.SCHEMES},
+        "parameter": panels.HIDDEN,
+    }
+    data = json.dumps(plain(page), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return render(
+        "report.html.j2",
+        report,
+        data=data.replace("<", "\\u003c"),  # so that no text can end the script element
+        library=_library(),
+        colors={scheme: list(enumerate(look.colors(scheme, n))) for scheme in look.SCHEMES},
+        dashes=look.dashes(n),
+    )
+
+
+@functools.cache
+def _library() -> str:
+    """Vega, Vega-Lite and the embedder as one script; putting it together takes a second."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=charts.VEGA_LITE)
+    return bundle.replace("</script", "<\\/script")
+
+
+def _encoded(data: Dataset) -> dict[str, Any]:
+    """Columns of text as a list of the different texts and a number for each row: a tenth of the size."""
+    packed: dict[str, Any] = {}
+    for column, values in data.items():
+        if values and isinstance(values[0], str):
+            texts = {text: code for code, text in enumerate(dict.fromkeys(values))}
+            packed[column] = {"texts": list(texts), "codes": [texts[value] for value in values]}
+        else:
+            packed[column] = values
+    return packed
+
+
+def render(template: str, report: Report, **more: object) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=template.endswith(".html.j2"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "fixed": text.fixed,
+        "count": text.count,
+        "compact": text.compact,
+        "duration": text.duration,
+        "estimate": lambda e: text.MISSING if e is None else text.with_interval(e.mean, e.half_width),
+        "limits": lambda i: text.MISSING if i is None else text.with_limits(i.mean, i.low, i.high),
+        "share": lambda i: text.MISSING if i is None else text.share(i.mean, i.low, i.high),
+        "probability": text.probability,
+        "difference": _difference,
+        "date": facts.date,
+        "tied": _tied,
+        "sentence_case": lambda words: words[:1].upper() + words[1:],
+        "cell": _cell,
+    }
+    return environment.get_template(template).render(
+        report=report, sweep=report.sweep, brief=facts.in_brief(report.sweep), **more
+    )
+
+
+def _cell(value: object) -> str:
+    """Text inside a table of Markdown."""
+    return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")
+
+
+def _tied(words: str) -> str:
+    """No line break inside 1.894 ± 0.021, 18.0 s, 0.047 to 0.151 or (2 seeds)."""
+    before = rf"(?<=\d) (?=±|to [{text.MINUS}\d]|(?:s|min|h|d|seeds?)\b)"
+    return re.sub(rf"{before}|(?<=±) |(?<=\d to) ", "\N{NO-BREAK SPACE}", words)
+
+
+def _difference(comparison: Comparison | None) -> str:
+    found = comparison.difference if comparison else None
+    if found is None or not math.isfinite(found.mean):
+        return text.MISSING
+    if found.half_width is None:
+        return text.signed(found.mean)
+    decimals = text.decimals_for(found.half_width)
+    return f"{text.signed(found.mean, decimals)} ± {text.fixed(found.half_width, decimals)}"
