@@ -14,13 +14,12 @@ from rich.console import Console
 from launchers import manifest, scheduler
 from launchers.plan import Plan, Point
 from launchers.standing import Standing, Target, find, standings
-from launchers.table import say, show_command, tally
+from launchers.table import REFUSED, confirm, say, show_launchers, tally
 from pipeline.attempt import for_attempt
 from pipeline.config import ConfigError, check
-from pipeline.store import AlreadyRunning, RunDirectory, home, python
+from pipeline.store import AlreadyRunning, RunDirectory
 from pipeline.worker import STOP_GRACE_S
 
-REFUSED = 3
 _POLL_S = 2.0
 _END_S = 60.0  # for a cancelled job to leave the queue
 
@@ -33,14 +32,14 @@ def cancel(
     found, problem = standings(target)
     if problem:
         raise ConfigError(problem)
-    found = [standing for standing in found if _directory(standing).path.is_dir()]
+    found = [standing for standing in found if standing.directory.path.is_dir()]
     waiting = [standing for standing in found if standing.state in ("queued", "new")]
     running = [] if pending else [standing for standing in found if standing.state == "running"]
     what = tally((standing.state for standing in [*running, *waiting]), {})
     if what and not yes:
         if not sys.stdin.isatty():
             raise ConfigError(f"cancel {target.name}: {what}. Nobody is here to confirm it: add --yes")
-        if console.input(f"Cancel {what} of {target.name}? [y/N] ").strip().lower() not in ("y", "yes"):
+        if not confirm(console, f"Cancel {what} of {target.name}?"):
             return REFUSED
     with manifest.only_submitter(console):
         _end_waiting(target, waiting)  # first, lest the scheduler starts them in the place of those that end
@@ -51,7 +50,7 @@ def cancel(
         _cancel_jobs(target, left)
         left = _await_end(target, left, _END_S, ask=False)
     late = {standing.run for standing in left}
-    ended = [s for s in [*waiting, *running] if s.run not in late and _mark_cancelled(_directory(s))]
+    ended = [s for s in [*waiting, *running] if s.run not in late and _mark_cancelled(s.directory)]
     _end_report(target)
     _tell(console, target, ended, left, as_json)
     return 1 if left else 0
@@ -119,10 +118,6 @@ def _in_its_sweep(target: Target) -> Target:
     return next((replace(sweep, runs=target.runs) for sweep in sweeps if target.name in sweep.values), target)
 
 
-def _directory(standing: Standing) -> RunDirectory:
-    return RunDirectory(home() / "runs" / standing.run)
-
-
 def _cancel_jobs(target: Target, found: Sequence[Standing]) -> list[Standing]:
     """Not those that they share with other runs: such a job passes over runs that are cancelled, and a stop
     file ends those that it has begun."""
@@ -137,7 +132,7 @@ def _cancel_jobs(target: Target, found: Sequence[Standing]) -> list[Standing]:
 
 def _end_waiting(target: Target, waiting: Sequence[Standing]) -> None:
     for standing in waiting:
-        _mark_cancelled(_directory(standing))
+        _mark_cancelled(standing.directory)
     _cancel_jobs(target, waiting)
 
 
@@ -153,7 +148,7 @@ def _await_end(target: Target, found: Sequence[Standing], patience_s: float, ask
         _end_waiting(target, [standing for standing in left if standing.state == "queued"])
         for standing in left:
             if ask and standing.state == "running":
-                _directory(standing).request_stop("CANCELLED")
+                standing.directory.request_stop("CANCELLED")
         time.sleep(_POLL_S)
     return []
 
@@ -164,9 +159,7 @@ def _end_report(target: Target) -> None:
         return
     found, problem = standings(find(target.sweep))
     if not problem and not any(standing.state in ("running", "queued") for standing in found):
-        reports = [job["ids"][0] for job in manifest.load(target.sweep)["jobs"] if job["kind"] == "report"]
-        if waiting := scheduler.queue(reports):
-            scheduler.cancel(sorted(waiting))
+        scheduler.cancel(sorted(scheduler.queue(manifest.report_jobs(target.sweep)) or {}))
 
 
 def _mark_cancelled(run: RunDirectory) -> bool:
@@ -195,4 +188,4 @@ def _tell(
         return
     say(console, f"{len(ended)} cancelled." + (f" {len(left)} still run." if left else ""))
     if target.sweep:
-        show_command(console, "resume", shlex.join([python(), "-m", "launchers", "resume", target.name]))
+        show_launchers(console, target.name, "resume")

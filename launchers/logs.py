@@ -54,7 +54,7 @@ def logs(
     chosen, missing = [], []
     for standing in found:
         try:
-            chosen.append((standing, choose(_directory(standing), rank, attempt)))
+            chosen.append((standing, choose(standing.directory, rank, attempt)))
         except ConfigError as error:
             missing.append(str(error))
     if missing and not chosen:
@@ -148,7 +148,3 @@ def _follow(console: Console, target: Target, log: Log, rank: int | None) -> Non
         if not added and ended:
             return
         time.sleep(_POLL_S)
-
-
-def _directory(standing: Standing) -> RunDirectory:
-    return RunDirectory(home() / "runs" / standing.run)

@@ -27,7 +27,7 @@ from rich.console import Console
 from launchers.plan import Plan, command_line
 from launchers.table import say
 from pipeline.config import ConfigError, nearest
-from pipeline.store import home, write_atomically
+from pipeline.store import home, try_lock, write_atomically
 
 _PATIENCE_S = 600  # for another submission
 
@@ -103,6 +103,11 @@ def change_jobs(sweep: str, change: Callable[[list[Job]], list[Job]]) -> None:
         _write(manifest | {"jobs": change(manifest["jobs"])})
 
 
+def report_jobs(sweep: str) -> list[str]:
+    """The jobs of all reports that were ever submitted for this sweep."""
+    return [job["ids"][0] for job in load(sweep)["jobs"] if job["kind"] == "report" and job["ids"]]
+
+
 def _write(manifest: Manifest) -> None:
     write_atomically(path(manifest["name"]), json.dumps(manifest, indent=1) + "\n")
 
@@ -159,7 +164,7 @@ def only_submitter(console: Console) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "a+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + _PATIENCE_S, False
-        while not _locked(file.fileno()):
+        while not try_lock(file, fcntl.LOCK_EX):
             file.seek(0)
             if time.monotonic() > deadline:
                 raise ConfigError(f"{lock}: still held after {_PATIENCE_S} s by {file.read().strip()}")
@@ -171,11 +176,3 @@ def only_submitter(console: Console) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
         file.flush()
         yield
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

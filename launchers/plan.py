@@ -139,9 +139,9 @@ def again(*changes: str) -> str:
     return shlex.join([*(word for word in command_line() if not word.startswith(changed)), *changes])
 
 
-def compare(plan: Plan) -> str:
+def compare(sweep: str) -> str:
     """The command to type for the report on the sweep."""
-    return shlex.join([python(), "-m", "analysis", plan.name])
+    return shlex.join([python(), "-m", "analysis", sweep])
 
 
 def _point(overrides: list[str], config: Config, fingerprints: dict[object, str]) -> Point:

@@ -63,7 +63,7 @@ def launch(jobs: Sequence[Sequence[str]], compose: Compose) -> int:
     if todo and available():
         _show_cluster(console, plan.name, todo, rates)
     if plan.valid and not todo and manifest.holds(plan):
-        show_command(console, "compare", compare(plan))
+        show_command(console, "compare", compare(plan.name))
     elif plan.valid:  # also when all is done: running the sweep writes the manifest that compare needs
         show_command(console, "run", again("hydra/launcher=local"))
     return 2 if plan.invalid else 0

@@ -284,7 +284,7 @@ def conclude(console: Console, plan: Plan, states: States, signal_number: int | 
         names = f" ({names})" if (names := name_points(elsewhere)) else ""
         say(console, f"{runs} still being run by another process{names}: compare again when it has ended.")
     if "done" in states.values():
-        show_command(console, "compare", compare(plan))
+        show_command(console, "compare", compare(plan.name))
 
 
 def show_failures(console: Console, points: Sequence[Point]) -> None:

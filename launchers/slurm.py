@@ -15,6 +15,7 @@ their hold and are cancelled by the batch's name, those of a batch with ids are 
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shlex
 import socket
@@ -37,16 +38,13 @@ from launchers.preview import EXCUSES, Rates, introduce, show_shapes
 from launchers.scheduler import SchedulerError
 from launchers.shapes import Shape, by_shape, gpu_hours, grouped, shares
 from launchers.state import UNFINISHED
-from launchers.table import make_console, progress, say, show_command, tally
+from launchers.table import REFUSED, confirm, make_console, progress, say, show_command, show_launchers, tally
 from pipeline.config import Config
 from pipeline.environment import CODE
-from pipeline.store import RunDirectory, home, python
+from pipeline.store import RunDirectory, home
 
-REFUSED = 3
 REPORT_MINUTES = 30
-_ALWAYS = (
-    10**6
-)  # times that submitit queues a job again after its time limit; job.py sees to it that it helps
+_ALWAYS = 10**6  # how often submitit may queue a job again; job.py sees to it that each time helps
 
 
 @dataclass(frozen=True)
@@ -99,10 +97,9 @@ def submit(console: Console, plan: Plan, known: bool = False) -> int:
             console.print()
             _show_submitted(console, plan.name, batches, report)
     if set(_states(plan.valid)) == {"done"}:
-        show_command(console, "compare", compare(plan))
+        show_command(console, "compare", compare(plan.name))
     else:
-        for label in ("watch", "cancel", "resume"):
-            show_command(console, label, shlex.join([python(), "-m", "launchers", label, plan.name]))
+        show_launchers(console, plan.name, "watch", "cancel", "resume")
     return 0
 
 
@@ -202,13 +199,10 @@ def _confirmed(console: Console, todo: Sequence[Point], shapes: dict[Shape, list
     if hours <= threshold:
         return True
     cost = f"{hours:,.0f} GPU-hours until the time limits, more than launch.confirm_gpu_hours={threshold:g}"
-    if sys.stdin.isatty():
-        answer = console.input(f"{cost}. Submit? [y/N] ")
-        if answer.strip().lower() in ("y", "yes"):
-            return True
-        say(console, "Nothing was submitted.")
-        return False
-    say(console, f"Nothing was submitted: {cost}.")
+    asked = sys.stdin.isatty()
+    if asked and confirm(console, f"{cost}. Submit?"):
+        return True
+    say(console, "Nothing was submitted." if asked else f"Nothing was submitted: {cost}.")
     show_command(console, "submit", again(f"launch.confirm_gpu_hours={-(-hours // 1):.0f}"))
     return False
 
@@ -220,7 +214,7 @@ def _submit_all(sweep: str, batches: Sequence[Batch], code: Path) -> str:
     """Submits the batches and the report on them. The report's job."""
     report = f"{sweep}.report.{secrets.token_hex(3)}"
     names = [*(batch.name for batch in batches), report]
-    obsolete = report_jobs(sweep)
+    obsolete = manifest.report_jobs(sweep)
     intents = [_entry(batch.name, "runs", batch.packs, str(batch.shape)) for batch in batches]
     manifest.change_jobs(sweep, lambda jobs: [*jobs, *intents, _entry(report, "report", [], "")])
     try:
@@ -271,8 +265,8 @@ def _sbatch_errors() -> Iterator[None]:
         with scheduler.clean_environment():
             yield
     except (FailedJobError, FailedSubmissionError) as error:
-        words = " ".join(line.strip() for line in str(error).splitlines() if "sbatch: error" in line)
-        raise SchedulerError(words or str(error)) from None
+        words = re.findall(r"sbatch: error: (.+)", str(error))
+        raise SchedulerError(" ".join(words) or str(error)) from None
 
 
 def _record(sweep: str, changes: dict[str, dict[str, Any]]) -> None:
@@ -298,11 +292,6 @@ def _release(sweep: str, names: Sequence[str]) -> None:
     for job in jobs:
         scheduler.release(sorted({id_.partition("_")[0] for id_ in job["ids"]}))
     _record(sweep, {name: {"released": True} for name in names})
-
-
-def report_jobs(sweep: str) -> list[str]:
-    """All that were ever submitted for this sweep."""
-    return [job["ids"][0] for job in manifest.load(sweep)["jobs"] if job["kind"] == "report" and job["ids"]]
 
 
 def _undo(sweep: str, names: Sequence[str]) -> None:

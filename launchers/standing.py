@@ -52,7 +52,7 @@ class Target:
             raise ConfigError(
                 f"--only {' '.join(conditions)}: no run of {self.name} is such. There are {known}"
             )
-        return Target(self.name, self.sweep, runs, self.axes, self.values, self.launcher)
+        return replace(self, runs=runs)
 
 
 def find(name: str) -> Target:
@@ -89,6 +89,10 @@ class Standing:
     job: str | None = None
     host: str | None = None
     note: str = ""
+
+    @property
+    def directory(self) -> RunDirectory:
+        return RunDirectory(home() / "runs" / self.run)
 
 
 def standings(target: Target) -> tuple[list[Standing], str | None]:
@@ -161,13 +165,7 @@ def _standing(
 
 def _with_last_words(found: list[Standing], queue: Queue | None) -> list[Standing]:
     """Lost runs with what the scheduler remembers of their jobs."""
-    lost = [standing.job for standing in found if standing.state == "lost" and standing.job]
-    words = scheduler.ended(lost) if lost and queue is not None else {}
-    return [
-        replace(
-            standing, note=f"job {standing.job} ended: {words.get(standing.job, 'no longer in the queue')}"
-        )
-        if standing.state == "lost" and standing.job
-        else standing
-        for standing in found
-    ]
+    lost = {standing.run: standing.job for standing in found if standing.state == "lost" and standing.job}
+    words = scheduler.ended(list(lost.values())) if lost and queue is not None else {}
+    notes = {run: f"job {job} ended: {words.get(job, 'no longer in the queue')}" for run, job in lost.items()}
+    return [replace(standing, note=notes.get(standing.run, standing.note)) for standing in found]

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from launchers import manifest
 from launchers.control import cancel
+from launchers.plan import compare
 from launchers.standing import Standing, Target, find, overview, standings
 from launchers.state import UNFINISHED
 from launchers.table import (
@@ -27,6 +28,7 @@ from launchers.table import (
     say,
     screen_width,
     show_command,
+    show_launchers,
     table,
     tally,
     total_width,
@@ -73,7 +75,7 @@ def ls(console: Console, as_json: bool) -> int:
     console.print(table(columns, screen_width(console)), soft_wrap=True)
     if problem:
         say(console, problem, style="yellow")
-    show_command(console, "status", shlex.join([python(), "-m", "launchers", "status", sweeps[-1][1].name]))
+    show_launchers(console, sweeps[-1][1].name, "status")
     return 0
 
 
@@ -132,9 +134,7 @@ def _watch_lines(console: Console, target: Target, as_json: bool) -> int:
         if as_json:
             line = json.dumps(to_json(target, found, problem))
         else:
-            line = (
-                f"{time.strftime('%T')}  {tally((s.state for s in found), {})}, {_share(found)} of the tokens"
-            )
+            line = f"{time.strftime('%T')}  {_summary(found)}"
         console.print(line, soft_wrap=True)
 
     found = _poll(target, show)
@@ -169,8 +169,7 @@ def _ask(console: Console, target: Target) -> int | None:
     if answer.startswith("r"):
         return None
     say(console, "The sweep goes on.")
-    for label in ("watch", "cancel"):
-        show_command(console, label, shlex.join([python(), "-m", "launchers", label, target.name]))
+    show_launchers(console, target.name, "watch", "cancel")
     return 0
 
 
@@ -217,17 +216,16 @@ def _table(console: Console, target: Target, found: Sequence[Standing]) -> Text:
 
 def _show_next(console: Console, target: Target, found: Sequence[Standing]) -> None:
     states = {standing.state for standing in found}
-    command = [python(), "-m", "launchers"]
     failed = [s for s in found if s.state in ("failed", "lost")]
     console.print()
     if failed:
-        show_command(console, "logs", shlex.join([*command, "logs", failed[0].run]))
+        show_launchers(console, failed[0].run, "logs")
     if target.sweep and states & set(UNFINISHED):
-        show_command(console, "resume", shlex.join([*command, "resume", target.name]))
+        show_launchers(console, target.name, "resume")
     if states & set(_ALIVE):
-        show_command(console, "watch", shlex.join([*command, "watch", target.name]))
+        show_launchers(console, target.name, "watch")
     elif target.sweep and "done" in states:
-        show_command(console, "compare", shlex.join([python(), "-m", "analysis", target.name]))
+        show_command(console, "compare", compare(target.name))
 
 
 def _exit_code(found: Sequence[Standing]) -> int:
@@ -242,10 +240,6 @@ def _summary(found: Sequence[Standing]) -> str:
     words += [f"{_share(found)} of {count(budget)} tokens"] if budget else []
     words += [f"{count(rate)} tokens/s"] if rate else []
     return ", ".join(words)
-
-
-def _moment(seconds: float) -> str:
-    return time.strftime("%F %H:%M", time.localtime(seconds))
 
 
 def _counts(found: Sequence[Standing]) -> dict[str, int]:

@@ -30,8 +30,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from launchers.plan import compare
 from launchers.standing import Target, standings
-from launchers.table import make_console, say, show_command, tally
+from launchers.table import make_console, say, show_command, show_launchers, tally
 from pipeline.config import ConfigError
 from pipeline.store import home, python
 
@@ -270,10 +271,9 @@ def _tell(
     places = [url.rpartition("/runs/")[0] if target.sweep else url for url in urls.values()]
     for place in dict.fromkeys(places):
         show_command(console, "see", place)
-    command = [python(), "-m", "launchers"]
     if failures or "running" in states.values():
-        show_command(console, "again", shlex.join([*command, "sync", target.name]))
+        show_command(console, "again", shlex.join([python(), "-m", "launchers", "sync", target.name]))
     elif target.sweep:
-        show_command(console, "compare", shlex.join([python(), "-m", "analysis", target.name]))
+        show_command(console, "compare", compare(target.name))
     else:
-        show_command(console, "status", shlex.join([*command, "status", target.name]))
+        show_launchers(console, target.name, "status")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
+from pipeline.store import python
+
+REFUSED = 3  # the exit code when a question is not answered with yes
 GAP = 2
 DASH = "–"  # no value
 STYLES = {
@@ -120,6 +124,16 @@ def say(console: Console, *lines: str, style: str = "") -> None:
 def show_command(console: Console, label: str, command: str) -> None:
     """A command to copy: one line whatever the width, so that nothing breaks it."""
     console.print(Text(f"{label}: ", "bold") + Text(command), soft_wrap=True)
+
+
+def show_launchers(console: Console, name: str, *commands: str) -> None:
+    """These commands of the launchers about a sweep or a run."""
+    for command in commands:
+        show_command(console, command, shlex.join([python(), "-m", "launchers", command, name]))
+
+
+def confirm(console: Console, question: str) -> bool:
+    return console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def progress(items: Sequence[T], label: str) -> Iterable[T]:

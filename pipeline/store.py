@@ -206,7 +206,7 @@ class RunDirectory:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "lock", "a+", encoding="utf-8") as file:
             deadline = time.monotonic() + _GLANCE_S
-            while not _try_lock(file, fcntl.LOCK_EX):
+            while not try_lock(file, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
                     file.seek(0)
                     raise AlreadyRunning(f"run {self.id} is being run by {file.read().strip()}")
@@ -221,7 +221,7 @@ class RunDirectory:
         """Whether a live process holds the run right now."""
         try:
             with open(self.path / "lock", encoding="utf-8") as file:
-                return not _try_lock(file, fcntl.LOCK_SH)
+                return not try_lock(file, fcntl.LOCK_SH)
         except FileNotFoundError:
             return False
 
@@ -271,7 +271,8 @@ class RunDirectory:
         return next((row for row in rows if "train/loss" in row), None)
 
 
-def _try_lock(file: TextIO, kind: int) -> bool:
+def try_lock(file: TextIO, kind: int) -> bool:
+    """Whether this process now holds the lock: fcntl.LOCK_EX, or LOCK_SH beside others."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

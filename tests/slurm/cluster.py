@@ -146,6 +146,17 @@ class Cluster:
     def resume(self, name: str) -> None:
         self.run("scontrol", "update", f"nodename={name}", "state=resume")
 
+    @contextlib.contextmanager
+    def out_of_service(self) -> Iterator[None]:
+        """No node takes a job."""
+        for node in self.nodes:
+            self.drain(node)
+        try:
+            yield
+        finally:
+            for node in self.nodes:
+                self.resume(node)
+
     def clear(self) -> None:
         """Ends every job, also those that ignore SIGTERM, without the seconds that SLURM would grant them."""
 

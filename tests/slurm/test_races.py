@@ -50,14 +50,9 @@ def test_a_run_cancelled_by_command_while_it_is_preempted_stays_so(cluster: Clus
 
 def test_what_is_queued_keeps_its_config(cluster: Cluster, sweep: Sweep) -> None:
     """The command again, with other resources and one more point: the job of the first has the old ones."""
-    for node in cluster.nodes:
-        cluster.drain(node)
-    try:
+    with cluster.out_of_service():
         sweep.submit(SHORT, "seed=0")
         sweep.submit(SHORT, "seed=0,1", "launch.minutes=20")
-    finally:
-        for node in cluster.nodes:
-            cluster.resume(node)
     sweep.wait(cluster)
     assert states(sweep.runs) == [("DONE", 1)] * 2
     assert sorted((run.config().seed, run.config().launch.minutes) for run in sweep.runs) == [
@@ -67,26 +62,25 @@ def test_what_is_queued_keeps_its_config(cluster: Cluster, sweep: Sweep) -> None
 
 
 def test_a_users_filters_hide_no_job(cluster: Cluster, sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    for node in cluster.nodes:
-        cluster.drain(node)
-    try:
-        monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    with cluster.out_of_service(), monkeypatch.context() as patch:
+        patch.setenv("SQUEUE_STATES", "RUNNING")
         sweep.submit(SHORT)
         assert "1 queued (skipped)." in sweep.submit(SHORT) and len(sweep.batches()) == 1
-    finally:
-        monkeypatch.delenv("SQUEUE_STATES")
-        for node in cluster.nodes:
-            cluster.resume(node)
     sweep.wait(cluster)
     assert states(sweep.runs) == [("DONE", 1)]
 
 
-def test_an_interrupted_submission_that_was_cancelled_begins_again(
-    cluster: Cluster, sweep: Sweep, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def submit_and_die(sweep: Sweep, folder: Path) -> None:
+    """Killed when the ids of the jobs are recorded and the jobs are to be released."""
     die = '[[ $1 == release ]] || exec $REAL "$@"\nkill -9 $PPID'
-    path = wrapper(tmp_path_factory.mktemp("bin") / "bin", "scontrol", die)
+    path = wrapper(folder / "bin", "scontrol", die)
     sweep.submit(SHORT, expect=-9, env=os.environ | {"PATH": path})
+
+
+def test_an_interrupted_submission_that_was_cancelled_begins_again(
+    cluster: Cluster, sweep: Sweep, tmp_path: Path
+) -> None:
+    submit_and_die(sweep, tmp_path)
     sweep.launchers("cancel", "s", "--yes")
     assert not cluster.queue()  # the report neither
     sweep.submit(SHORT)
@@ -95,12 +89,10 @@ def test_an_interrupted_submission_that_was_cancelled_begins_again(
 
 
 def test_another_sweep_settles_an_interrupted_one_and_a_done_run_stays_done(
-    cluster: Cluster, sweep: Sweep, tmp_path_factory: pytest.TempPathFactory
+    cluster: Cluster, sweep: Sweep, tmp_path: Path
 ) -> None:
-    """Killed when the ids of the jobs are recorded and no run was told: another sweep has the same run."""
-    die = '[[ $1 == release ]] || exec $REAL "$@"\nkill -9 $PPID'
-    path = wrapper(tmp_path_factory.mktemp("bin") / "bin", "scontrol", die)
-    sweep.submit(SHORT, expect=-9, env=os.environ | {"PATH": path})
+    """When no run was told of its job yet: another sweep has the same run."""
+    submit_and_die(sweep, tmp_path)
     (run,) = sweep.runs
     run.update_status(job=None)
     told = sweep.submit(SHORT, "sweep.name=other")
@@ -132,17 +124,12 @@ def test_packed_runs_are_preempted_together_and_cancelled_apart(
 
 
 def test_one_of_packed_runs_that_wait_is_cancelled_alone(cluster: Cluster, sweep: Sweep) -> None:
-    for node in cluster.nodes:
-        cluster.drain(node)
-    try:
+    with cluster.out_of_service():
         sweep.submit(SHORT, "seed=0,1,2", "launch.pack=3")
         deleted = next(run for run in sweep.runs if run.config().seed == 2)
         shutil.rmtree(deleted.path)
         sweep.launchers("cancel", "s", "--only", "seed=0", "--yes")
         assert sweep.states() == {"cancelled": 1, "queued": 1, "new": 1}
-    finally:
-        for node in cluster.nodes:
-            cluster.resume(node)
     sweep.wait(cluster)
     assert sweep.states() == {"cancelled": 1, "done": 1, "new": 1}
     told = sweep.launchers("resume", "s")  # the deleted one is told of, the other goes on

@@ -107,17 +107,12 @@ def test_what_is_edited_after_the_submission_changes_nothing(
     code = tmp_path_factory.mktemp("code")
     for package in ("conf", "pipeline", "launchers", "analysis", "hydra_plugins"):
         shutil.copytree(ROOT / package, code / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for node in cluster.nodes:
-        cluster.drain(node)  # the job waits
-    try:
+    with cluster.out_of_service():  # the job waits
         sweep.submit(SHORT, env=os.environ | {"PYTHONPATH": str(code)})
         (run,) = sweep.runs
         frozen = run.config_file.read_text()
         (code / "conf/model/tiny.yaml").write_text("name: other\n")
         (code / "pipeline/train.py").write_text("raise SystemExit('edited')\n")
-    finally:
-        for node in cluster.nodes:
-            cluster.resume(node)
     sweep.wait(cluster)
     assert states([run]) == [("DONE", 1)] and run.config_file.read_text() == frozen
     snapshot = json.loads((run.logs / "attempt-1.environment.json").read_text())["code"]
