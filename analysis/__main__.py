@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _report(arguments)
         finally:
             sys.stdout.flush()  # here, where a closed pipe can be caught
+    except ConfigError as error:
+        print("\n".join(error.problems), file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -33,18 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    try:
-        report = build(load_sweep(options.sweep, options.source), options.baseline, time.time())
-    except ConfigError as error:
-        print("\n".join(error.problems), file=sys.stderr)
-        return 2
+    report = build(load_sweep(options.sweep, options.source), options.baseline, time.time())
     folder = home() / "reports" / report.sweep.name
-    # Beside the report of the record, which knows more.
-    paths = write(report, folder if options.source == "record" else folder / options.source)
+    if options.source != "record":
+        folder /= options.source  # beside the report of the record, which knows more
+    paths = write(report, folder)
+    address = _published(report, folder, options.publish) if options.publish is not None else None
     if options.json:
-        print(json.dumps({**to_json(report), "files": [str(p) for p in paths]}, indent=1, allow_nan=False))
+        files = {"files": [str(path) for path in paths], "published": address}
+        print(json.dumps({**to_json(report), **files}, indent=1, allow_nan=False))
     else:
-        print("\n".join(_screen(report, paths)))
+        print("\n".join(_screen(report, paths, address)))
     if not report.finished:
         print(f"{report.sweep.name}: no run has finished; the report shows how far they got", file=sys.stderr)
         return 1
@@ -68,15 +70,35 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help=f"where the rows of the runs are read from: {' or '.join(SOURCES)} (default: record)",
     )
+    parser.add_argument(
+        "--publish",
+        nargs="?",
+        const="",
+        metavar="ENTITY/PROJECT",
+        help="also write the report as a W&B Report into this project (default: that of the runs)",
+    )
     parser.add_argument("--json", action="store_true", help="print report.json and the paths instead of text")
     return parser
 
 
-def _screen(report: Report, paths: Sequence[Path]) -> list[str]:
+def _published(report: Report, folder: Path, place: str) -> str:
+    try:
+        from analysis.publish import publish
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "wandb_workspaces":
+            raise
+        raise ConfigError(
+            "--publish: needs wandb-workspaces, which is not installed: "
+            "pip install --constraint constraints.txt --editable '.[publish]'"
+        ) from None
+    return publish(report, folder, place)
+
+
+def _screen(report: Report, paths: Sequence[Path], address: str | None) -> list[str]:
     lines = [report.headline, ""]
     lines += [f"  {comparison.sentence}" for comparison in report.comparisons]
     lines += [f"  Note: {caution}" for caution in report.cautions]
-    lines += ["", *(f"  {_relative(path)}" for path in paths), ""]
+    lines += ["", *(f"  {_relative(path)}" for path in paths), *([f"  {address}"] if address else []), ""]
     if report.resume:
         done = f"{len(report.finished)} of {len(report.runs)} runs finished"
         return [*lines, f"{done}. Next, the missing ones:", *(f"  {command}" for command in report.resume)]

@@ -123,6 +123,7 @@ class WandbServer:
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}  # by id
+        self.views: dict[str, Json] = {}  # W&B Reports, by id
         self.calls: list[str] = []  # names of GraphQL operations, and "file_stream"
         self.unknown: list[str] = []
         self._failures: list[tuple[int, str]] = []  # HTTP status, and what it befalls
@@ -246,6 +247,21 @@ class WandbServer:
             case "RunParquetHistory":  # none: all of it is "live"
                 live = {"parquetUrls": [], "liveData": [{"_step": 0}]}
                 return {"project": {"run": {"parquetHistory": live}}}
+            case "GetProjects":
+                names = sorted({run.project for run in self.runs.values() if run.entity == v["entity"]})
+                nodes = [{"id": n, "name": n, "entityName": v["entity"], "createdAt": _NOW, "isBenchmark": False, "user": None} for n in names]  # fmt: skip
+                edges = [{"node": node, "cursor": node["name"]} for node in nodes]
+                return {"models": {"edges": edges, "pageInfo": {"endCursor": "", "hasNextPage": False}}}
+            case "ProjectInternalId":
+                return {"project": {"id": v["projectName"], "internalId": "1"}}
+            case "upsertView":
+                kept = self.views.get(v["id"] or "", {"id": f"view{len(self.views)}", "createdAt": _NOW})
+                project = {"id": v["projectName"], "name": v["projectName"], "entityName": v["entityName"]}
+                view = kept | v | {"id": kept["id"], "project": project, "updatedAt": _NOW}
+                self.views[kept["id"]] = view
+                return {"upsertView": {"view": view, "inserted": v["id"] is None}}
+            case "SpecificReport":
+                return {"view": self.views.get(v["reportId"])}
             case "HistoryPage":
                 rows = [
                     row for row in self.runs[v["run"]].rows if v["minStep"] <= row["_step"] < v["maxStep"]
