@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    report = build(load_sweep(options.sweep, options.source), options.baseline, time.time())
+    sweep = load_sweep(options.sweep, options.source)
+    report = build(sweep, options.baseline, time.time(), options.target)
     folder = home() / "reports" / report.sweep.name
     if options.source != "record":
         folder /= options.source  # beside the report of the record, which knows more
@@ -71,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         help=f"where the rows of the runs are read from: {' or '.join(SOURCES)} (default: record)",
     )
     parser.add_argument(
+        "--target",
+        type=float,
+        metavar="LOSS",
+        help="a validation loss: the report says how many tokens and steps and how much time it takes to "
+        "reach it (default: the highest final one of the baseline's runs)",
+    )
+    parser.add_argument(
         "--publish",
         nargs="?",
         const="",
@@ -97,8 +105,11 @@ def _published(report: Report, folder: Path, place: str) -> str:
 def _screen(report: Report, paths: Sequence[Path], address: str | None) -> list[str]:
     lines = [report.headline, ""]
     lines += [f"  {comparison.sentence}" for comparison in report.comparisons]
+    lines += [f"  {target.sentence}" for target in report.targets]
     lines += [f"  Note: {caution}" for caution in report.cautions]
-    lines += ["", *(f"  {_relative(path)}" for path in paths), *([f"  {address}"] if address else []), ""]
+    beside = dict.fromkeys(p if p.parent == paths[0].parent else p.parent for p in paths)  # folders once
+    places = [*(_relative(path) for path in beside), *([address] if address else [])]
+    lines += ["", *(f"  {place}" for place in places), ""]
     if report.resume:
         done = f"{len(report.finished)} of {len(report.runs)} runs finished"
         return [*lines, f"{done}. Next, the missing ones:", *(f"  {command}" for command in report.resume)]

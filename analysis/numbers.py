@@ -41,6 +41,14 @@ def signed(value: float | None, decimals: int = LOSS_DECIMALS) -> str:
     return f"+{text}" if value is not None and value > 0 and text.strip("0.,") else text
 
 
+def signed_with_interval(mean: float, half_width: float | None) -> str:
+    """−0.025 ± 0.010; without an interval the mean alone."""
+    if half_width is None:
+        return signed(mean)
+    decimals = decimals_for(half_width)
+    return f"{signed(mean, decimals)} ± {fixed(half_width, decimals)}"
+
+
 def interval(low: float, high: float) -> str:
     """−0.010 to 0.034"""
     decimals = decimals_for((high - low) / 2)
@@ -55,6 +63,13 @@ def with_limits(mean: float, low: float, high: float) -> str:
 def share(mean: float, low: float, high: float) -> str:
     """80% (28 to 99%)"""
     return f"{mean:.0%} ({100 * low:.0f} to {high:.0%})"
+
+
+def ratio(mean: float, low: float, high: float) -> str:
+    """1.31× (1.20 to 1.43); without any width the number alone."""
+    if low == high:
+        return f"{fixed(mean, 2)}×"
+    return f"{fixed(mean, decimals_for((high - low) / 2))}× ({interval(low, high)})"
 
 
 def probability(p: float | None) -> str:
@@ -79,6 +94,14 @@ def compact(value: float | None, digits: int = 4) -> str:
         if abs(value) >= size:
             return f"{float(f'{value / size:.{digits}g}'):g}{unit}"
     return f"{value:.{digits}g}"
+
+
+def flops(value: float) -> str:
+    """Three digits and a prefix: 1.02 PFLOPs, 340 TFLOPs."""
+    for prefix, size in (("Y", 1e24), ("Z", 1e21), ("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if abs(value) >= 0.9995 * size:
+            return f"{float(f'{value / size:.3g}'):g} {prefix}FLOPs"
+    return f"{value:,.0f} FLOPs"
 
 
 def duration(seconds: float | None) -> str:

@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import functools
 import json
-import math
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import polars as pl
 import vl_convert
 
 from analysis import figures as charts
-from analysis import look, panels
+from analysis import look, panels, typeset
 from analysis import numbers as text
 from analysis import settings as facts
 from analysis.curves import Dataset
 from analysis.report import Report
-from analysis.tables import plain, runs_table, schedules_table, to_json
-from analysis.verdict import Comparison
+from analysis.tables import plain, tables, to_json
 from pipeline.store import write_atomically
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -34,8 +34,9 @@ def write(report: Report, folder: Path) -> list[Path]:
         "report.html": render_html(report),
         "report.md": render("report.md.j2", report),
         "report.json": json.dumps(to_json(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        "runs.csv": runs_table(report).write_csv(),
-        "schedules.csv": schedules_table(report).write_csv(),
+        **{f"tables/{name}.csv": table.write_csv() for name, table in tables(report).items()},
+        **{f"tables/{name}.tex": source for name, source in typeset.latex(report).items()},
+        "tables/lau_table.md": typeset.lau_markdown(report),
     }
     images = folder / "figures"
     images.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,17 @@ def write(report: Report, folder: Path) -> list[Path]:
         (images / f"{figure.name}.png").write_bytes(charts.png(spec))
     for name, content in texts.items():
         write_atomically(folder / name, content)
-    return [folder / name for name in texts] + [images / f"{figure.name}.png" for figure in report.figures]
+    columns = {folder / "tables" / f"{name}.parquet": table for name, table in tables(report).items()}
+    for path, table in columns.items():
+        _write_parquet(table, path)
+    pictures = [images / f"{figure.name}.png" for figure in report.figures]
+    return [*(folder / name for name in texts), *columns, *pictures]
+
+
+def _write_parquet(table: pl.DataFrame, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    table.write_parquet(temporary)
+    os.replace(temporary, path)
 
 
 def render_html(report: Report) -> str:
@@ -103,37 +114,23 @@ def render(template: str, report: Report, **more: object) -> str:
         "count": text.count,
         "compact": text.compact,
         "duration": text.duration,
-        "estimate": lambda e: text.MISSING if e is None else text.with_interval(e.mean, e.half_width),
+        "estimate": typeset.estimate,
         "limits": lambda i: text.MISSING if i is None else text.with_limits(i.mean, i.low, i.high),
         "share": lambda i: text.MISSING if i is None else text.share(i.mean, i.low, i.high),
         "probability": text.probability,
-        "difference": _difference,
+        "difference": lambda compared: typeset.difference(compared.difference if compared else None),
+        "speedup": typeset.speedup,
         "date": facts.date,
         "tied": _tied,
         "sentence_case": lambda words: words[:1].upper() + words[1:],
-        "cell": _cell,
+        "cell": typeset.markdown_cell,
     }
     return environment.get_template(template).render(
         report=report, sweep=report.sweep, brief=facts.in_brief(report.sweep), **more
     )
 
 
-def _cell(value: object) -> str:
-    """Text inside a table of Markdown."""
-    return " ".join(str(value).split()).replace("<", "&lt;").replace("|", "\\|")
-
-
 def _tied(words: str) -> str:
     """No line break inside 1.894 ± 0.021, 18.0 s, 0.047 to 0.151 or (2 seeds)."""
     before = rf"(?<=\d) (?=±|to [{text.MINUS}\d]|(?:s|min|h|d|seeds?)\b)"
     return re.sub(rf"{before}|(?<=±) |(?<=\d to) ", "\N{NO-BREAK SPACE}", words)
-
-
-def _difference(comparison: Comparison | None) -> str:
-    found = comparison.difference if comparison else None
-    if found is None or not math.isfinite(found.mean):
-        return text.MISSING
-    if found.half_width is None:
-        return text.signed(found.mean)
-    decimals = text.decimals_for(found.half_width)
-    return f"{text.signed(found.mean, decimals)} ± {text.fixed(found.half_width, decimals)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,23 @@ from dataclasses import dataclass
 from analysis import figures as charts
 from analysis import settings as facts
 from analysis.curves import Dataset
+from analysis.equal import Equal, compare_at_equal
+from analysis.evaluations import AXES, FLOPS, TIME, Axis, evaluations
 from analysis.figures import Figure
 from analysis.load import Run, Sweep
 from analysis.statistics import BOOTSTRAP_SEEDS
 from analysis.summary import RunNumbers, Schedule, run_numbers, summarise
-from analysis.verdict import Comparison, cautions, compare_all, headline, is_baseline, parse_baseline
+from analysis.target import Target, check_target, reach_targets
+from analysis.verdict import (
+    Comparison,
+    Overall,
+    cautions,
+    compare_all,
+    headline,
+    is_baseline,
+    overall,
+    parse_baseline,
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +37,9 @@ class Report:
     schedules: list[Schedule]
     baseline: dict[str, str]
     comparisons: list[Comparison]
+    equal: list[Equal]  # at equal tokens, steps, time and FLOPs
+    targets: list[Target]  # one for each baseline
+    overall: list[Overall]
     headline: str
     cautions: list[str]
     settings: facts.Facts
@@ -100,6 +116,59 @@ class Report:
             )
         return found
 
+    def equal_of(self, comparison: Comparison, axis: Axis) -> Equal:
+        return next(e for e in self.equal if e.schedule == comparison.schedule and e.axis is axis)
+
+    @property
+    def axes(self) -> list[Axis]:
+        """Those that a comparison is shown on: of FLOPs only where they tell something that tokens do not."""
+        own = [e.tokens for e in self.equal if e.axis is FLOPS and e.tokens]
+        same = all(math.isclose(*tokens) for tokens in own)
+        return [axis for axis in AXES if axis is not FLOPS or not same]
+
+    @property
+    def equal_notes(self) -> list[str]:
+        """What a reader must know of the comparison at equal tokens, steps and time."""
+        if not any(e.place is not None for e in self.equal):
+            return []
+        notes = [
+            "Each schedule meets its baseline where the common range of their runs ends. Losses are read off "
+            "each run's evaluations, linearly between two of them. Differences are paired by seed and have "
+            "their 95% interval; verdicts are corrected for all comparisons on the same axis (Holm)."
+        ]
+        if any(e.early for e in self.equal):
+            notes.append(
+                "Where one of the two has seen fewer tokens, or less of its run, it is compared with a "
+                "learning rate that has not come down yet: planned to end there, it would do better."
+            )
+        if FLOPS not in self.axes:
+            known = any(e.place is not None for e in self.equal if e.axis is FLOPS)
+            notes.append(
+                "FLOPs: as at equal tokens, since a token costs the compared runs the same."
+                if known
+                else "FLOPs: not known, since that takes a run's model and sequence length."
+            )
+        hosts = max((e.hosts for e in self.equal if e.axis is TIME), default=0)
+        if hosts > 1:
+            notes.append(
+                f"The runs of one comparison were on up to {hosts} hosts: their times compare hosts as well."
+            )
+        elif hosts == 1:
+            notes.append("The times of each comparison are from one host.")
+        return notes
+
+    @property
+    def target_notes(self) -> list[str]:
+        """How the table of targets is to be read."""
+        return [
+            "A run reaches the loss where its evaluations first come down to it, on the straight line "
+            "between two of them. Not within: it had not by its end. At most: it had by its first "
+            "evaluation. Means are over the seeds, ± half of the 95% interval.",
+            "Speed-up: what the baseline takes divided by what the schedule takes, geometric mean over the "
+            "pairs of runs with the same seed, where all of them reached the loss, with its 95% interval; "
+            "verdicts are corrected for all comparisons on the same axis (Holm).",
+        ]
+
     def is_baseline(self, schedule: Schedule) -> bool:
         return is_baseline(schedule, self.baseline)
 
@@ -109,12 +178,15 @@ def _joined(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(shlex.join(run.command) for run in runs))
 
 
-def build(sweep: Sweep, baseline: Sequence[str], written: float) -> Report:
-    """The whole comparison. Raises ConfigError when no schedule is what `baseline` asks for."""
+def build(sweep: Sweep, baseline: Sequence[str], written: float, target: float | None = None) -> Report:
+    """The whole comparison. Raises ConfigError when no schedule is what `baseline` asks for, or when `target`
+    is no loss."""
+    check_target(target)
     numbers = run_numbers(sweep.record)
     schedules = summarise(sweep, numbers)
     chosen = parse_baseline(baseline, schedules)
     comparisons = compare_all(schedules, chosen)
+    measured = evaluations(sweep, schedules)
     figures, datasets = charts.build(sweep, schedules)
     return Report(
         sweep=sweep,
@@ -123,6 +195,9 @@ def build(sweep: Sweep, baseline: Sequence[str], written: float) -> Report:
         schedules=schedules,
         baseline=chosen,
         comparisons=comparisons,
+        equal=compare_at_equal(comparisons, measured),
+        targets=reach_targets(schedules, comparisons, measured, target),
+        overall=overall(schedules, comparisons),
         headline=headline(schedules, comparisons),
         cautions=[*cautions(schedules, comparisons), *sweep.cautions],
         settings=facts.describe(sweep),

@@ -12,6 +12,7 @@ interval from 5 seeds on and decides nothing.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,25 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
         least = min(max((len(p_values) - done) * p_values[name], least), 1.0)
         adjusted[name] = least
     return adjusted
+
+
+def clearly_lowest(values: Mapping[str, Mapping[str, float]]) -> str | None:
+    """The name whose values, by seed, are lower than those of every other; None where one cannot be told
+    from the lowest. Since the lowest is known only afterwards, the p-values of all pairs are corrected
+    together (Holm)."""
+    found = {name: mean.mean for name, own in values.items() if (mean := estimate(list(own.values())))}
+    if len(found) < 2 or not all(map(math.isfinite, found.values())):
+        return None
+    lowest = min(found, key=found.__getitem__)
+    p: dict[str, float] = {}
+    for a, b in itertools.combinations(sorted(found), 2):
+        difference = paired_difference(values[a], values[b])
+        known = p_value(difference) if difference else None
+        if known is not None:
+            p[str(sorted((a, b)))] = known
+    adjusted = holm(p)
+    pairs = [str(sorted((lowest, other))) for other in found if other != lowest]
+    return lowest if all(adjusted.get(pair, 1.0) < SIGNIFICANCE for pair in pairs) else None
 
 
 # --- distributions ---------------------------------------------------------------------------------------

@@ -7,11 +7,26 @@ from typing import Any
 
 import polars as pl
 
+from analysis import lau
+from analysis.equal import Equal
 from analysis.load import Run
 from analysis.report import Report
 from analysis.statistics import Estimate, Interval
 from analysis.summary import RunNumbers, Schedule
-from analysis.verdict import Comparison
+from analysis.target import Reach, Target
+from analysis.verdict import Comparison, Overall
+
+
+def tables(report: Report) -> dict[str, pl.DataFrame]:
+    """By name, every number in full precision. What a sweep has none of, such as comparisons, is left out."""
+    found = {
+        "schedules": schedules_table(report),
+        "runs": runs_table(report),
+        "equal": equal_table(report),
+        "targets": targets_table(report),
+        "lau_table": lau_table(report),
+    }
+    return {name: table for name, table in found.items() if not table.is_empty()}
 
 
 def runs_table(report: Report) -> pl.DataFrame:
@@ -59,6 +74,96 @@ def _schedule_row(report: Report, schedule: Schedule) -> dict[str, Any]:
     }
 
 
+def equal_table(report: Report) -> pl.DataFrame:
+    """One row per axis and comparison; `place`: where on the axis, in tokens, steps, seconds or FLOPs."""
+    return pl.DataFrame([_equal_row(equal) for equal in report.equal], infer_schema_length=None)
+
+
+def _equal_row(equal: Equal) -> dict[str, Any]:
+    tokens, progress = equal.tokens or (None, None), equal.progress or (None, None)
+    return {
+        "axis": equal.axis.name,
+        "schedule": equal.schedule,
+        "baseline": equal.baseline,
+        "place": equal.place,
+        "verdict": equal.kind,
+        **_estimate_fields("loss", equal.loss),
+        **_estimate_fields("baseline_loss", equal.baseline_loss),
+        **_estimate_fields("difference", equal.difference),
+        "p": equal.p,
+        "p_adjusted": equal.p_adjusted,
+        "seeds": len(equal.seeds),
+        "tokens": tokens[0],
+        "baseline_tokens": tokens[1],
+        "progress": progress[0],
+        "baseline_progress": progress[1],
+        "hosts": equal.hosts,
+    }
+
+
+def targets_table(report: Report) -> pl.DataFrame:
+    """One row per target, axis and schedule; `cost`: in tokens, steps, seconds or FLOPs."""
+    rows = [_reach_row(reach) for target in report.targets for reach in target.reaches]
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _reach_row(reach: Reach) -> dict[str, Any]:
+    reached = [cost.reached for cost in reach.costs]
+    return {
+        "target": reach.target,
+        "axis": reach.axis.name,
+        "schedule": reach.schedule,
+        "baseline": reach.baseline,
+        "runs": len(reached),
+        "reached": len(reached) - reached.count("not"),
+        "before_first_evaluation": reached.count("before"),
+        **_estimate_fields("cost", reach.mean),
+        **_estimate_fields("speedup", reach.ratio),
+        "pairs": reach.speedup.n if reach.speedup else None,
+        "p": reach.p,
+        "p_adjusted": reach.p_adjusted,
+        "verdict": reach.kind,
+    }
+
+
+def _target_fields(target: Target) -> dict[str, Any]:
+    return {
+        "loss": target.loss,
+        "why": target.why,
+        "baseline": target.baseline,
+        "schedules": [
+            {**_reach_row(reach), "costs": [vars(cost) for cost in reach.costs]} for reach in target.reaches
+        ],
+    }
+
+
+def _overall_fields(overall: Overall) -> dict[str, Any]:
+    return {
+        "schedule": overall.schedule,
+        "against": overall.against,
+        **_estimate_fields("change", overall.change),
+        "pairs": overall.pairs,
+    }
+
+
+def lau_table(report: Report) -> pl.DataFrame:
+    """The columns of Lau et al. 2024, Tables 1 to 3, row by row as there (analysis.lau)."""
+    rows = [
+        {
+            "model": block.model,
+            "schedule": row.name,
+            "steps": row.schedule.mean("steps"),
+            "mean_batch": row.schedule.mean("mean_batch"),
+            "hours": row.hours,
+            **_estimate_fields("train_loss", row.schedule.train_loss),
+            **_estimate_fields("val_loss", row.schedule.val_loss),
+        }
+        for block in lau.blocks(report.schedules)
+        for row in block.rows
+    ]
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
 def _test_fields(comparison: Comparison | None) -> dict[str, Any]:
     return {
         **_estimate_fields("difference", comparison.difference if comparison else None),
@@ -99,7 +204,11 @@ def to_json(report: Report) -> dict[str, Any]:
             for s in report.schedules
         ],
         "comparisons": [_comparison_fields(comparison) for comparison in report.comparisons],
+        "equal": [{**_equal_row(equal), "paired_seeds": list(equal.seeds)} for equal in report.equal],
+        "targets": [_target_fields(target) for target in report.targets],
+        "overall": [_overall_fields(overall) for overall in report.overall],
         "runs": [{**_run_row(report, run), "axes": run.axes} for run in report.sweep.runs],
+        "tables": [f"tables/{name}.csv" for name in tables(report)],
         "figures": [f"figures/{figure.name}.png" for figure in report.figures],
     }
     found: dict[str, Any] = plain(content)

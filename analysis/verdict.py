@@ -21,6 +21,7 @@ from analysis.statistics import (
     Interval,
     holm,
     improvement,
+    interquartile,
     p_value,
     paired_difference,
     t_factor,
@@ -197,6 +198,58 @@ def _means(
     if not common:
         return None
     return tuple(math.fsum(values[s] for s in common) / len(common) for values in (own, reference))  # type: ignore[return-value]
+
+
+# --- over several models ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Overall:
+    """A batch schedule that meets a baseline more than once, as with each of several models."""
+
+    schedule: str
+    against: list[str]  # the baselines
+    change: Interval  # of the final validation loss, as a share of the baseline's
+    pairs: int
+
+    @property
+    def sentence(self) -> str:
+        low, high = text.interval(100 * self.change.low, 100 * self.change.high).split(" to ")
+        decimals = text.decimals_for(50 * (self.change.high - self.change.low))
+        return (
+            f"{self.schedule} against {' and '.join(self.against)} together: validation loss "
+            f"{text.signed(100 * self.change.mean, decimals)}% ({low} to {high}%), the interquartile mean "
+            f"over {self.pairs} pairs of runs, with its 95% interval by a bootstrap within each"
+        )
+
+
+def overall(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -> list[Overall]:
+    """Losses of different models have no common scale, so each difference is a share of the baseline's loss,
+    and each comparison is a stratum of the bootstrap. Only where all of them have the seeds for one: over
+    those that happen to have them the mean would be another quantity."""
+    by_label = {schedule.label: schedule for schedule in schedules}
+    groups: dict[str, list[Comparison]] = {}
+    for comparison in comparisons:
+        if comparison.baseline is not None:
+            own, reference = by_label[comparison.schedule].axes, by_label[comparison.baseline].axes
+            apart = [f"{axis}={value}" for axis, value in own.items() if reference.get(axis) != value]
+            groups.setdefault(" · ".join(apart), []).append(comparison)
+    found = []
+    for name, group in groups.items():
+        if len(group) < 2 or any(comparison.kind not in DECIDED for comparison in group):
+            continue
+        against = [comparison.baseline or "" for comparison in group]
+        shares = [
+            _relative(by_label[c.schedule].by_seed("val_loss"), by_label[b].by_seed("val_loss"))
+            for c, b in zip(group, against, strict=True)
+        ]
+        if change := interquartile(shares):
+            found.append(Overall(name, against, change, sum(map(len, shares))))
+    return found
+
+
+def _relative(values: Mapping[str, float], baseline: Mapping[str, float]) -> list[float]:
+    return [values[seed] / baseline[seed] - 1 for seed in values if seed in baseline]
 
 
 # --- sentences -------------------------------------------------------------------------------------------

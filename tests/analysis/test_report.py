@@ -50,7 +50,12 @@ def test_all_files_are_there_and_small(demo: Path) -> None:
     names = {path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()}
     images = {"tradeoff", "validation_loss", "training_loss", "batch_size", "noise_scale"}
     assert names == {
-        *("report.html", "report.md", "report.json", "runs.csv", "schedules.csv"),
+        *("report.html", "report.md", "report.json", "tables/lau_table.md"),
+        *(
+            f"tables/{name}.{kind}"
+            for name in ("schedules", "runs", "equal", "targets", "lau_table")
+            for kind in ("csv", "parquet", "tex")
+        ),
         *(f"figures/{name}.png" for name in images),
     }
     assert (demo / "report.html").stat().st_size < 2e6
@@ -61,7 +66,7 @@ def test_all_files_are_there_and_small(demo: Path) -> None:
 
 
 def test_runs_csv_has_every_run_with_full_precision(demo: Path, content: dict[str, Any]) -> None:
-    with open(demo / "runs.csv", newline="") as file:
+    with open(demo / "tables/runs.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert len(table) == 10 == len(content["runs"])
     for row, run in zip(table, content["runs"], strict=True):
@@ -271,7 +276,7 @@ def test_the_page_is_accessible(page: Page) -> None:
     assert len(charts) == 9
     assert all(len(str(chart["aria-label"])) > 60 and chart["role"] == "img" for chart in charts)
     scrolling = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
-    assert len(scrolling) == 3 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
+    assert len(scrolling) == 5 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
 
 
 def luminance(color: str) -> float:

@@ -1,0 +1,99 @@
+"""The validation losses of the finished runs over everything that they can be compared at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from analysis import align
+from analysis import numbers as text
+from analysis.align import Array
+from analysis.load import Run, Sweep
+from analysis.summary import Schedule
+from pipeline.throughput import flops_per_token
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What runs are compared at equal amounts of; `number` and `unit` say how much, in words."""
+
+    name: str
+    title: str
+    number: Callable[[float], str]
+    unit: str
+
+    def amount(self, value: float) -> str:
+        return f"{self.number(value)}{self.unit}"
+
+
+TOKENS = Axis("tokens", "tokens", lambda value: text.compact(value, 3), " tokens")
+STEPS = Axis("steps", "optimizer steps", lambda value: f"{value:,.0f}", " steps")
+TIME = Axis("time", "training time", text.duration, "")
+FLOPS = Axis("flops", "FLOPs", text.flops, "")
+AXES = (TOKENS, STEPS, TIME, FLOPS)
+
+_COLUMNS = {"tokens": "tokens", "steps": "step", "time": "time"}
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Those of one run, in the order of training. `at`: where they were made, by the name of the axis,
+    without the axes that the run says nothing about: the time where its log has none, FLOPs where it has no
+    config."""
+
+    seed: str
+    host: str | None
+    loss: Array
+    at: dict[str, Array]
+    rows: dict[str, tuple[Array, Array]]  # of the same axes at all rows of the record: place and tokens
+
+    def loss_at(self, axis: Axis, place: float) -> float:
+        """Linear between two evaluations; NaN outside of them."""
+        return float(align.interpolate(self.at[axis.name], self.loss, np.array([place]))[0])
+
+    def progress_at(self, axis: Axis, place: float) -> float:
+        """The share of the run that lies before."""
+        x, _ = self.rows[axis.name]
+        return place / float(x[-1])
+
+    def tokens_at(self, axis: Axis, place: float) -> float:
+        """NaN where the record holds no tokens."""
+        x, tokens = self.rows[axis.name]
+        return float(align.interpolate(x, tokens, np.array([place]))[0])
+
+
+def evaluations(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[Evaluations]]:
+    """By schedule, those of its finished runs that were evaluated at all."""
+    tables = {int(key[0]): rows for key, rows in sweep.record.group_by("point", maintain_order=True)}
+    return {
+        schedule.label: [
+            found for run in schedule.finished if (found := _evaluations(run, tables[run.point])) is not None
+        ]
+        for schedule in schedules
+    }
+
+
+def _evaluations(run: Run, rows: pl.DataFrame) -> Evaluations | None:
+    evaluated = rows["val/loss"].is_not_null().to_numpy()
+    if not evaluated.any():
+        return None
+    tokens = rows["tokens"].to_numpy()
+    along = {axis: rows[column].to_numpy() for axis, column in _COLUMNS.items()}
+    if run.config:
+        along["flops"] = tokens * flops_per_token(run.config.model, run.config.data.sequence_length)
+    known = {axis: x for axis, x in along.items() if _rises(x[np.isfinite(x)], x[evaluated])}
+    return Evaluations(
+        seed=run.seed,
+        host=run.status.host if run.status else None,
+        loss=rows["val/loss"].to_numpy()[evaluated],
+        at={axis: x[evaluated] for axis, x in known.items()},
+        rows={axis: (x[np.isfinite(x)], tokens[np.isfinite(x)]) for axis, x in known.items()},
+    )
+
+
+def _rises(recorded: Array, evaluated: Array) -> bool:
+    """Whether losses can be placed along it: each evaluation has a place, and none lies before an earlier."""
+    return bool(np.isfinite(evaluated).all() and (np.diff(recorded) >= 0).all())
