@@ -73,8 +73,8 @@ def _described(config: Config | None, label: str) -> tuple[tuple[int, str, float
             return (0, kind, float(batch[key])), f"{kind}, {symbol} = {batch[key]:g}"
     if kind == "constant":
         return (1, "", float(config.batch.size)), f"constant {config.batch.size:,}"
-    if config.batch.sizes and config.batch.fractions:
-        sizes = "-".join(map(str, config.batch.sizes))
-        shares = "-".join(f"{100 * share:g}" for share in config.batch.fractions)
+    if kind == "stages":
+        sizes = "-".join(map(str, batch["sizes"]))
+        shares = "-".join(f"{100 * share:g}" for share in batch["fractions"])
         return (2, "", 0.0), f"{kind} {sizes} for {shares}%"
     return (3, kind, 0.0), label

@@ -224,6 +224,10 @@ def _label(setting: dict[str, str], sweep: Sweep, runs: list[Run]) -> str:
     if not setting:
         config = next((run.config for run in runs if run.config), None)
         return sweep.common.get("batch") or (config.batch.schedule if config else sweep.name)
+    return in_short(setting)
+
+
+def in_short(setting: Mapping[str, str]) -> str:
     return " · ".join(
         value if "." not in axis else f"{axis.rsplit('.', 1)[-1]}={value}" for axis, value in setting.items()
     )

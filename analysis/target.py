@@ -44,8 +44,8 @@ class Cost:
 
 
 Kind = Literal[
-    "faster",
-    "slower",
+    "sooner",
+    "later",
     "not distinguishable",
     "one seed",
     "no shared seed",
@@ -57,7 +57,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Reach:
-    """What a schedule takes to the target on one axis, and how many times faster it is than the baseline."""
+    """What a schedule takes to the target on one axis, and how many times sooner it is there than the baseline."""
 
     axis: Axis
     schedule: str
@@ -80,7 +80,7 @@ class Reach:
 
     @property
     def decided(self) -> bool:
-        return self.kind in ("faster", "slower", "not distinguishable")
+        return self.kind in ("sooner", "later", "not distinguishable")
 
     @property
     def words(self) -> str:
@@ -112,7 +112,7 @@ class Target:
     def sentence(self) -> str:
         """What each schedule takes to it, the baseline first: time, or tokens where no time was recorded."""
         axis = next((axis for axis in (TIME, *AXES) if any(reach.costs for reach in self.of(axis))), TIME)
-        each = [f"{r.schedule} {r.words}{_faster(r)}" for r in self.of(axis) if r.costs]
+        each = [f"{r.schedule} {r.words}{_speedup(r)}" for r in self.of(axis) if r.costs]
         title = axis.title[:1].upper() + axis.title[1:]
         found = ", ".join(each) or "no finished run was evaluated"
         return f"{title} to validation loss {text.fixed(self.loss)} ({self.why}): {found}."
@@ -121,7 +121,7 @@ class Target:
         return [reach for reach in self.reaches if reach.axis is axis]
 
 
-def _faster(reach: Reach) -> str:
+def _speedup(reach: Reach) -> str:
     if reach.ratio is None:
         return ""
     verdict = f", {reach.kind}" if reach.decided else ""
@@ -227,7 +227,7 @@ def _compare(
     gain = paired_difference(own, other)
     if gain is None:
         return Reach(axis, schedule, baseline, loss, costs, mean, "no shared seed")
-    kind: Kind = "faster" if gain.mean > 0 else "slower"
+    kind: Kind = "sooner" if gain.mean > 0 else "later"
     if gain.low is None or gain.high is None:
         kind = "one seed"
     elif gain.low <= 0 <= gain.high:

@@ -174,7 +174,7 @@ def _reach_row(reach: Reach) -> list[str]:
         reach.schedule,
         reach.kind or "baseline",
         reach.words,
-        Strong(ratio) if reach.kind == "faster" else ratio,
+        Strong(ratio) if reach.kind == "sooner" else ratio,
         text.probability(reach.p_adjusted),
     ]
 

@@ -26,7 +26,7 @@ from analysis.statistics import (
     paired_difference,
     t_factor,
 )
-from analysis.summary import Schedule
+from analysis.summary import Schedule, in_short
 from pipeline.config import ConfigError, nearest
 
 SAME_BUDGET = 0.01  # budgets that differ by at most this share count as equal tokens
@@ -232,8 +232,8 @@ def overall(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) ->
     for comparison in comparisons:
         if comparison.baseline is not None:
             own, reference = by_label[comparison.schedule].axes, by_label[comparison.baseline].axes
-            apart = [f"{axis}={value}" for axis, value in own.items() if reference.get(axis) != value]
-            groups.setdefault(" · ".join(apart), []).append(comparison)
+            apart = {axis: value for axis, value in own.items() if reference.get(axis) != value}
+            groups.setdefault(in_short(apart), []).append(comparison)
     found = []
     for name, group in groups.items():
         if len(group) < 2 or any(comparison.kind not in DECIDED for comparison in group):

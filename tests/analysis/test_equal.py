@@ -100,7 +100,7 @@ def test_equal_flops_are_those_of_the_model(home: Path) -> None:
 def test_flops_are_an_axis_of_their_own_where_models_differ(home: Path) -> None:
     """The larger model spends the smaller one's 400 tokens' worth on fewer of its own."""
     points = [
-        Point({"model": model, "seed": "0"}, evaluated(*SMALL), extra=["batch=constant_16"])
+        Point({"model": model, "seed": "0"}, evaluated((0, 1, 0.1, 5.0), *SMALL), extra=["batch=constant_16"])
         for model in ("tiny", "10m")
     ]
     found = report(points)
@@ -155,7 +155,11 @@ def test_seeds_that_do_not_meet_are_not_compared(home: Path) -> None:
 
 def test_each_axis_is_corrected_by_itself(home: Path) -> None:
     """At equal tokens, which are the ends of the runs, the p-values are those of the verdicts."""
-    losses = {"norm_test": [2.169, 1.97, 2.07], "stages": [2.1, 1.91, 1.99], "constant_64": [2.22, 2.03, 2.14]}
+    losses = {
+        "norm_test": [2.169, 1.97, 2.07],
+        "stages": [2.1, 1.91, 1.99],
+        "constant_64": [2.22, 2.03, 2.14],
+    }
     found = report(pairs({"constant_16": [2.2, 2.0, 2.1], **losses}))
     for comparison in found.comparisons:
         equal = at(found, TOKENS, comparison.schedule)

@@ -11,6 +11,7 @@ import pytest
 from analysis.statistics import (
     Estimate,
     Interval,
+    clearly_lowest,
     estimate,
     holm,
     improvement,
@@ -299,3 +300,25 @@ def test_holm_errs_in_5_percent_of_sweeps() -> None:
         corrected.append(min(holm(p).values()) < 0.05)
     assert share(raw) > 0.15
     assert 0.02 < share(corrected) < 0.065
+
+
+def test_the_lowest_is_clear_only_against_every_other() -> None:
+    """Differences of −1 ± 0.1 in three seeds have t = 17.3, p = 0.0033, and three pairs are corrected for."""
+    low, near, far = seeds(1.0, 2.0, 3.0), seeds(1.9, 3.0, 4.1), seeds(2.1, 3.3, 3.9)
+    assert clearly_lowest({"near": near, "low": low}) == "low"
+    assert clearly_lowest({"far": far, "near": near, "low": low}) == "low"
+    assert clearly_lowest({"far": far, "near": near}) is None
+    assert clearly_lowest({"low": low, "level": seeds(1.3, 1.8, 3.0), "far": far}) is None
+    p = p_of([-1.0, -1.4, -0.7])
+    assert p < 0.05 < 3 * p  # alone it would be clear; as one of three pairs it is not
+    wide, other = seeds(2.0, 3.4, 3.7), seeds(2.0, 3.41, 3.69)
+    assert clearly_lowest({"low": low, "wide": wide}) == "low"
+    assert clearly_lowest({"low": low, "wide": wide, "other": other}) is None
+
+
+def test_no_lowest_without_seeds_to_tell() -> None:
+    assert clearly_lowest({}) is None
+    assert clearly_lowest({"a": seeds(1.0, 2.0)}) is None  # there is nothing to tell it from
+    assert clearly_lowest({"a": seeds(1.0), "b": seeds(2.0)}) is None
+    assert clearly_lowest({"a": {"0": 1.0, "1": 1.1}, "b": {"2": 2.0, "3": 2.1}}) is None
+    assert clearly_lowest({"a": seeds(1.0, 1.1), "b": seeds(2.0, math.nan)}) is None

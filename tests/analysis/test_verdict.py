@@ -314,3 +314,47 @@ def test_where_nothing_of_the_batch_varies_the_first_schedule_is_the_baseline(ho
     found = report(points, common=("experiment=demo", "batch=constant_16"))
     assert found.baseline == {"model": "tiny"}
     assert [(c.schedule, c.baseline) for c in found.comparisons] == [("10m", "tiny")]
+
+
+# --- over several models ---------------------------------------------------------------------------------
+
+
+def over_models(tiny: list[float], large: list[float]) -> list[Point]:
+    """norm_test lower than constant_16, which ends at 4 and at 2, by these shares of it, seed by seed."""
+    return [
+        Point({"model": model, "batch": batch, "seed": str(seed)}, short_run(loss * (1 - own)))
+        for model, loss, shares in (("tiny", 4.0, tiny), ("10m", 2.0, large))
+        for batch in ("constant_16", "norm_test")
+        for seed, share in enumerate(shares)
+        for own in (share if batch == "norm_test" else 0.0,)
+    ]
+
+
+def test_a_schedule_over_several_models_is_summed_up_in_shares_of_the_loss(home: Path) -> None:
+    """Each model is resampled by itself: without any scatter inside a model the interval has no width."""
+    (line,) = report(over_models([0.01] * 5, [0.03] * 5)).overall
+    assert (line.schedule, line.against) == ("norm_test", ["tiny · constant_16", "10m · constant_16"])
+    assert line.pairs == 10
+    assert [line.change.mean, line.change.low, line.change.high] == pytest.approx([-0.02] * 3)
+
+
+def test_the_sentence_over_several_models(home: Path) -> None:
+    scattered = [0.010, 0.011, 0.012, 0.013, 0.014]
+    (line,) = report(over_models(scattered, scattered)).overall
+    assert line.change.mean == pytest.approx(-0.012)
+    assert -0.014 < line.change.low < -0.012 < line.change.high < -0.010
+    assert line.sentence.startswith(
+        f"norm_test against tiny · constant_16 and 10m · constant_16 together: validation loss {MINUS}1.2"
+    )
+
+
+def test_models_without_enough_seeds_or_a_verdict_are_not_summed_up(home: Path) -> None:
+    assert report(over_models([0.01] * 5, [0.03] * 4)).overall == []
+
+
+def test_nor_are_models_of_which_one_diverged(home: Path) -> None:
+    assert report(over_models([0.01] * 5, [0.01, 0.02, 0.03, 0.04, math.nan])).overall == []
+
+
+def test_one_model_is_its_own_comparison(home: Path) -> None:
+    assert report(pairs({"constant_16": [2.0] * 5, "norm_test": [2.1] * 5})).overall == []
