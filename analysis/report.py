@@ -138,8 +138,8 @@ class Report:
         ]
         if any(e.early for e in self.equal):
             notes.append(
-                "Where one of the two has seen fewer tokens, or less of its run, it is compared with a "
-                "learning rate that has not come down yet: planned to end there, it would do better."
+                "Where one of the two has seen fewer tokens, or less of its run, it is compared before its "
+                "learning rate has come down: planned to end there, it would do better."
             )
         if FLOPS not in self.axes:
             known = any(e.place is not None for e in self.equal if e.axis is FLOPS)

@@ -57,7 +57,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Reach:
-    """What a schedule takes to the target on one axis, and how many times sooner it is there than the baseline."""
+    """What a schedule takes to the target on one axis, and how much sooner it is there than the baseline."""
 
     axis: Axis
     schedule: str
