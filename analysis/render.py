@@ -30,11 +30,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 def write(report: Report, folder: Path) -> list[Path]:
     """All files of the report; returns their paths, report.html first."""
+    columns = {f"tables/{name}.parquet": table for name, table in tables(report).items()}
     texts = {
         "report.html": render_html(report),
         "report.md": render("report.md.j2", report),
         "report.json": json.dumps(to_json(report), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        **{f"tables/{name}.csv": table.write_csv() for name, table in tables(report).items()},
+        **{name.replace(".parquet", ".csv"): table.write_csv() for name, table in columns.items()},
         **{f"tables/{name}.tex": source for name, source in typeset.latex(report).items()},
         "tables/lau_table.md": typeset.lau_markdown(report),
     }
@@ -45,13 +46,14 @@ def write(report: Report, folder: Path) -> list[Path]:
     for figure in report.figures:
         spec = charts.joined(figure, report.datasets, report.labels)
         (images / f"{figure.name}.png").write_bytes(charts.png(spec))
+    for stale in set(folder.glob("tables/*.*")) - {folder / name for name in (*texts, *columns)}:
+        stale.unlink()
     for name, content in texts.items():
         write_atomically(folder / name, content)
-    columns = {folder / "tables" / f"{name}.parquet": table for name, table in tables(report).items()}
-    for path, table in columns.items():
-        _write_parquet(table, path)
+    for name, table in columns.items():
+        _write_parquet(table, folder / name)
     pictures = [images / f"{figure.name}.png" for figure in report.figures]
-    return [*(folder / name for name in texts), *columns, *pictures]
+    return [*(folder / name for name in (*texts, *columns)), *pictures]
 
 
 def _write_parquet(table: pl.DataFrame, path: Path) -> None:

@@ -78,6 +78,23 @@ def test_runs_csv_has_every_run_with_full_precision(demo: Path, content: dict[st
     assert table[9]["state"] == "INVALID"
 
 
+@pytest.mark.parametrize("name", ["equal", "targets"])
+def test_the_comparisons_of_the_json_are_those_of_the_tables(
+    demo: Path, content: dict[str, Any], name: str
+) -> None:
+    with open(demo / f"tables/{name}.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    known = content["equal"] if name == "equal" else [s for t in content["targets"] for s in t["schedules"]]
+    assert len(table) == len(known) == 4 * (4 if name == "equal" else 5)  # axes, and a baseline has a target
+    for row, found in zip(table, known, strict=True):
+        for key, cell in row.items():
+            value = found[key]
+            assert value == (None if cell == "" else cell if isinstance(value, str) else float(cell)), key
+    assert content["tables"] == [
+        f"tables/{t}.csv" for t in ("schedules", "runs", "equal", "targets", "lau_table")
+    ]
+
+
 def test_the_statistics_are_those_of_the_record_not_of_the_thinned_curves(
     demo: Path, content: dict[str, Any]
 ) -> None:
@@ -556,9 +573,10 @@ def test_json_is_the_report_and_its_paths(home: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("no_images")
-def test_a_figure_that_no_longer_exists_is_removed(home: Path) -> None:
+@pytest.mark.parametrize("name", ["figures/noise_scale.png", "tables/equal.parquet"])
+def test_a_figure_or_table_that_no_longer_exists_is_removed(home: Path, name: str) -> None:
     write_sweep("s", pairs({"constant_16": [2.0]}))
-    stale = home / "reports/s/figures/noise_scale.png"
+    stale = home / "reports/s" / name
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"old")
     assert main(["s"]) == 0
