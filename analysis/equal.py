@@ -66,7 +66,7 @@ class Equal:
         words = f"at {self.axis.amount(self.place)}"
         if self.axis is not TOKENS and self.tokens:
             own, reference = (text.compact(tokens, 3) for tokens in self.tokens)
-            return f"{words}, {own} against {reference} tokens"
+            return words if own == reference else f"{words}, {own} against {reference} tokens"
         if self.early and self.progress:
             own, reference = (f"{share:.0%}" for share in self.progress)
             return f"{words}, after {own} of the runs against {reference}"

@@ -108,6 +108,7 @@ def test_flops_are_an_axis_of_their_own_where_models_differ(home: Path) -> None:
     equal = at(found, FLOPS, "10m")
     assert equal.tokens is not None and equal.tokens[0] < 200 and equal.tokens[1] == pytest.approx(400)
     assert FLOPS in found.axes
+    assert at(found, STEPS, "10m").where == "at 40 steps"  # after as many tokens
 
 
 def test_one_schedule_that_ends_early_shortens_no_other_comparison(home: Path) -> None:

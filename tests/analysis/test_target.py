@@ -216,6 +216,8 @@ def test_each_baseline_has_its_own_target(home: Path) -> None:
         ["tiny · constant_16", "tiny · norm_test"],
         ["10m · constant_16", "10m · norm_test"],
     ]
+    for words in (render("report.md.j2", found), render_html(found)):
+        assert words.count("What it takes to reach") == 2 and words.count("Speed-up: what the baseline") == 1
 
 
 def test_a_single_schedule_has_a_target_only_when_asked(home: Path) -> None:
