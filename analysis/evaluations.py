@@ -55,9 +55,9 @@ class Evaluations:
         return float(align.interpolate(self.at[axis.name], self.loss, np.array([place]))[0])
 
     def progress_at(self, axis: Axis, place: float) -> float:
-        """The share of the run that lies before."""
-        x, _ = self.rows[axis.name]
-        return place / float(x[-1])
+        """The share of the run that lies before; all of it where the run ends at 0."""
+        end = float(self.rows[axis.name][0][-1])
+        return place / end if end > 0 else 1.0
 
     def tokens_at(self, axis: Axis, place: float) -> float:
         """NaN where the record holds no tokens."""

@@ -177,8 +177,9 @@ def test_runs_that_were_never_evaluated(home: Path) -> None:
     assert found.equal_notes == [] and "Better at equal what?" not in render("report.md.j2", found)
 
 
-def test_a_single_row(home: Path) -> None:
-    rows = [train_row(1, 1024, 5.0, 8, 1.0) | {"val/loss": 4.0}]
+@pytest.mark.parametrize("seconds", [1.0, 0.0])
+def test_a_single_row(home: Path, seconds: float) -> None:
+    rows = [train_row(1, 1024, 5.0, 8, seconds) | {"val/loss": 4.0}]
     points = [Point({"batch": batch, "seed": "0"}, rows) for batch in ("constant_16", "norm_test")]
     found = report(points)
     assert {e.kind for e in found.equal} == {"one seed"}
