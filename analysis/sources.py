@@ -20,8 +20,10 @@ COLUMNS = (
     "sequences",
     "train/loss",
     "val/loss",
+    "attempt",
     "batch/size",
     "batch/requested",
+    "batch/accumulation",
     "stat/noise_scale",
 )
 
@@ -74,7 +76,7 @@ WANDB_FILES = "wandb/*run-*/run-*.wandb"
 
 
 def _read_wandb(run: RunDirectory) -> Log:
-    files = [read_run(path, {*COLUMNS, "attempt"}) for path in sorted(run.path.glob(WANDB_FILES))]
+    files = [read_run(path, COLUMNS) for path in sorted(run.path.glob(WANDB_FILES))]
     rows = sorted((row for file in files for row in file.rows), key=lambda row: row["attempt"])
     every = max((file.config.get("track.every", 1) for file in files), default=1)
     return Log(supersede(rows), every, [file.warning for file in files if file.warning])

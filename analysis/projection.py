@@ -1,0 +1,441 @@
+"""Training time and GPU-hours at other GPU counts, from the batch traces and step times of a sweep.
+
+`project(traces(sweep, schedules), baselines)`. The batch trace of a run is taken as logged and each of its
+steps as analysis.step_cost predicts it. Ranks beyond the micro-batches of a step have nothing to do in it:
+that is what a larger batch buys.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from analysis import numbers as text
+from analysis.load import Sweep
+from analysis.step_cost import (
+    MIN_STEPS,
+    Array,
+    Cell,
+    Check,
+    Cost,
+    Machine,
+    Trace,
+    cells,
+    checks,
+    cost,
+    grouped,
+    regular,
+    trace,
+)
+from analysis.summary import Schedule
+from analysis.synchronisation import Network, Synchronisation, mesh_at, synchronisation
+from pipeline.config import Config, ConfigError, to_tree
+from pipeline.identity import identity_fields
+from pipeline.store import RunDirectory, home
+
+GPU_COUNTS = (8, 64, 512, 4096)
+INSEPARABLE = (
+    f"nothing tells its micro-batches from the rest of a step. That takes {MIN_STEPS} steps each of two "
+    f"numbers of micro-batches per step and rank, as with a constant batch twice as large"
+)
+WORTH = 0.1  # the least saving for which another doubling of the GPUs is worth its while
+MOST_DOUBLINGS = 20
+
+# `python -m benchmarks.projection`, for sweeps that cannot check themselves.
+BENCHMARK = "benchmarks/results/projection-cpu.json"
+BENCHMARK_ERROR = 1.09
+
+
+def traces(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[Trace]]:
+    """Of the finished runs of each schedule, by its label."""
+    found = {}
+    for schedule in schedules:
+        found[schedule.label] = [
+            trace(
+                run.config, machine_of(run.id, run.config), sweep.record.filter(pl.col("point") == run.point)
+            )
+            for run in schedule.finished
+            if run.id and run.config
+        ]
+    return found
+
+
+def machine_of(run: str, config: Config) -> Machine | None:
+    """What the newest attempt of a run found, as far as its file can be read."""
+    logs = RunDirectory(home() / "runs" / run).logs
+    files = sorted(logs.glob("attempt-*.environment.json"), key=lambda path: path.stat().st_mtime)
+    try:
+        found: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+        gpus = [gpu["name"] for gpu in found["gpus"]]
+        return Machine(int(found["cpus"]), gpus[0] if gpus and config.launch.device != "cpu" else None)
+    except (IndexError, KeyError, TypeError, ValueError, OSError):
+        return None
+
+
+# --- the projection -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What runs of the same arithmetic on the same hardware tell of a step."""
+
+    labels: list[str]  # of their schedules
+    example: Trace
+    cost: Cost
+    sync_scale: float  # of the modelled synchronisation, in the projection
+    steps: int  # that it rests on
+    ranks: list[int]  # data-parallel widths measured
+    typical: float  # share of the training time of those steps that their medians account for
+    checks: list[Check]
+
+    def sync_at(self, width: int, network: Network) -> Synchronisation:
+        config = self.example.config
+        modelled = synchronisation(config, *mesh_at(config.parallel, width), network)
+        return modelled.times(self.sync_scale)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a schedule on so many GPUs: means over its seeds."""
+
+    gpus: int
+    seconds: float
+    gpu_hours: float
+    speedup: float | None  # over the baseline on as many GPUs
+    busy: float  # share of the GPU time in micro-batches
+
+
+@dataclass(frozen=True)
+class Outlook:
+    schedule: str
+    baseline: str | None
+    seeds: int
+    statistics_s: float  # per micro-batch of a step that takes statistics
+    forecasts: list[Forecast]
+    enough: int  # GPUs beyond which another doubling saves less than WORTH
+
+    @property
+    def sentence(self) -> str:
+        times = [f"{text.duration(f.seconds)} on {f.gpus:,}" for f in self.forecasts]
+        words = f"{self.schedule}: {', '.join(times)} GPUs" if times else self.schedule
+        if self.forecasts and self.baseline not in (None, self.schedule):
+            last = self.forecasts[-1]
+            if last.speedup is not None:
+                words += f", where it is {last.speedup:.2g} times as fast as {self.baseline}"
+        return f"{words}; beyond {_gpus(self.enough)} another doubling saves less than {WORTH:.0%}."
+
+
+@dataclass(frozen=True)
+class Projection:
+    network: Network
+    given: bool  # the network was asked for, not the one that the runs saw
+    fits: list[Fit]
+    outlooks: list[Outlook]
+    missing: dict[str, str]  # label of a schedule -> why it has no outlook
+    by_rank: list[str]  # labels of schedules whose batches depend on the number of ranks
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the schedules gain, what that rests on, how far it can be trusted and what it assumes."""
+        found = [outlook.sentence for outlook in self.outlooks]
+        for fit in self.fits:
+            found += [_basis(fit), _synchronised(fit, self), _checked(fit)]
+        if self.fits:
+            found += _assumptions(self)
+        reasons = dict.fromkeys(self.missing.values())
+        return found + [
+            f"No projection of {', '.join(k for k, why in self.missing.items() if why == reason)}: {reason}."
+            for reason in reasons
+        ]
+
+
+def project(
+    runs: Mapping[str, Sequence[Trace]],
+    baselines: Mapping[str, str | None],
+    gpu_counts: Sequence[int] = GPU_COUNTS,
+    network: Network | None = None,
+) -> Projection:
+    """Of each schedule, by label, from the `traces` of its runs.
+
+    `baselines`: with which schedule each is compared. network None: synchronisation takes as long as the
+    sweep measured it at several widths, and as Network() says where it did not.
+    """
+    if wrong := [count for count in gpu_counts if count < 1]:
+        raise ConfigError(f"{wrong[0]} GPUs: must be at least 1")
+    missing = {label: why for label, own in runs.items() if (why := _unusable(own))}
+    usable = {label: own for label, own in runs.items() if label not in missing}
+    alike = grouped([(label, own) for label, own in usable.items()], lambda item: arithmetic(item[1][0]))
+    fits, loads = [], {}
+    for group in alike.values():
+        labels = [label for label, _ in group]
+        fit, in_micro = _fit(labels, [run for _, own in group for run in own], network)
+        if fit is None:
+            missing |= dict.fromkeys(labels, INSEPARABLE)
+            continue
+        fits.append(fit)
+        for label, own in group:
+            extra_s = 0.0 if in_micro else statistics_s(own, fit.cost, network or Network())
+            loads[label] = _load(own, fit, extra_s, network or Network())
+    outlooks = [
+        _outlook(label, loads[label], baseline, loads.get(baseline or ""), gpu_counts)
+        for label in runs
+        if label in loads
+        for baseline in (baselines.get(label),)
+    ]
+    by_rank = [label for label in loads if compares_ranks(runs[label][0].config)]
+    return Projection(network or Network(), network is not None, fits, outlooks, missing, by_rank)
+
+
+def compares_ranks(config: Config) -> bool:
+    """Whether the schedule measures gradients of whole ranks rather than of micro-batches."""
+    batch = identity_fields(config)["batch"]
+    return batch["schedule"] == "coordinate_norm_test" or batch.get("estimator") in ("worker", "paper")
+
+
+def _unusable(own: Sequence[Trace]) -> str | None:
+    if not own:
+        return "none of its runs has finished"
+    if not all(run.whole for run in own):
+        return "its log misses steps; --source record has all"
+    if len({arithmetic(run) for run in own}) > 1:
+        return "its runs were on different hardware"
+    return None
+
+
+def arithmetic(run: Trace) -> str:
+    """What decides the time of a micro-batch and of an update on one rank: all but the widths."""
+    parallel = {key: value for key, value in to_tree(run.config.parallel).items() if key not in _WIDTHS}
+    if run.config.parallel.strategy == "single":
+        parallel["strategy"] = "ddp"  # of one rank
+    model = {key: value for key, value in to_tree(run.config.model).items() if key != "name"}
+    data, optimizer = run.config.data, run.config.optim.name
+    decisive = [model, parallel, data.sequence_length, data.micro_batch, optimizer, run.hardware]
+    return json.dumps(decisive, sort_keys=True)
+
+
+_WIDTHS = ("replicate", "shard")
+
+
+def _fit(labels: list[str], runs: list[Trace], network: Network | None) -> tuple[Fit | None, bool]:
+    """And whether a micro-batch holds the taking of statistics, since too few steps do without."""
+    for measured in (False, True):
+        found = cells(runs, network or Network(), measured=measured)
+        if fitted := cost(found):
+            break
+    else:
+        return None, False
+    steps = pl.concat([regular(run) for run in runs])
+    if not measured:
+        steps = steps.filter(~pl.col("measured"))
+    medians = sum(cell.steps * cell.seconds for cell in found)
+    scale = fitted.sync_scale if network is None and fitted.sync_scale is not None else 1.0
+    fit = Fit(
+        labels=labels,
+        example=max(runs, key=lambda run: run.config.parallel.data_ranks),  # shows how its mesh grows
+        cost=fitted,
+        sync_scale=scale,
+        steps=sum(cell.steps for cell in found),
+        ranks=sorted({math.prod(cell.mesh) for cell in found}),
+        typical=medians / float(steps["alone"].sum()),
+        checks=checks(found),
+    )
+    return fit, measured
+
+
+def statistics_s(own: Sequence[Trace], fitted: Cost, network: Network) -> float:
+    """What taking statistics adds to a micro-batch of this schedule: the median over its measured steps."""
+    extra: list[float] = []
+    for run in own:
+        modelled = synchronisation(run.config, *run.mesh, network)
+        for rounds, seconds in regular(run).filter("measured").select("accumulation", "alone").iter_rows():
+            plain = fitted.in_cell(Cell(run.mesh, int(rounds), seconds, 1, modelled))
+            extra.append((seconds - plain) / rounds)
+    return max(0.0, float(np.median(extra))) if len(extra) >= MIN_STEPS else 0.0
+
+
+@dataclass(frozen=True)
+class _Load:
+    """The steps of a schedule by what they take, and what that costs."""
+
+    fit: Fit
+    network: Network
+    statistics_s: float
+    seeds: int
+    micro_batches: Array  # of each kind of step
+    measured: Array  # 1 where statistics are taken
+    steps: Array  # of each kind, mean over seeds
+
+    @property
+    def tensor(self) -> int:
+        return self.fit.example.config.parallel.tensor
+
+    def seconds(self, gpus: int) -> float:
+        """Of training, mean over seeds."""
+        width = gpus // self.tensor
+        sync = self.fit.sync_at(width, self.network)
+        rounds = np.ceil(self.micro_batches / width)
+        once_s = self.fit.cost.step_s + sync.per_step_s
+        return float(np.sum(self.steps * (rounds * (self._micro_s() + sync.per_micro_s) + once_s)))
+
+    def busy(self, gpus: int) -> float:
+        """Share of the time of all GPUs in which they compute micro-batches."""
+        computed = float(np.sum(self.steps * self.micro_batches * self._micro_s()))
+        return computed / (gpus // self.tensor * self.seconds(gpus))
+
+    def _micro_s(self) -> Array:
+        return self.fit.cost.micro_s + self.measured * self.statistics_s
+
+    def enough(self) -> int:
+        """The first count of GPUs whose doubling saves too little."""
+        counts = [self.tensor * (1 << n) for n in range(MOST_DOUBLINGS + 1)]
+        seconds = [self.seconds(count) for count in counts]
+        pairs = zip(counts, itertools.pairwise(seconds), strict=False)
+        return next((count for count, (few, many) in pairs if many > (1 - WORTH) * few), counts[-1])
+
+
+def _load(own: Sequence[Trace], fit: Fit, extra_s: float, network: Network) -> _Load:
+    kinds = pl.concat([run.steps.select("batch", "measured") for run in own])
+    counted = kinds.group_by("batch", "measured", maintain_order=True).len()
+    return _Load(
+        fit=fit,
+        network=network,
+        statistics_s=extra_s,
+        seeds=len(own),
+        micro_batches=np.ceil(counted["batch"].to_numpy() / fit.example.config.data.micro_batch),
+        measured=counted["measured"].to_numpy().astype(np.float64),
+        steps=counted["len"].to_numpy() / len(own),
+    )
+
+
+def _outlook(
+    label: str, load: _Load, baseline: str | None, reference: _Load | None, counts: Sequence[int]
+) -> Outlook:
+    forecasts = []
+    for gpus in (count for count in counts if count % load.tensor == 0):
+        seconds = load.seconds(gpus)
+        comparable = reference is not None and gpus % reference.tensor == 0
+        forecasts.append(
+            Forecast(
+                gpus=gpus,
+                seconds=seconds,
+                gpu_hours=seconds * gpus / 3600,
+                speedup=reference.seconds(gpus) / seconds if reference and comparable else None,
+                busy=load.busy(gpus),
+            )
+        )
+    return Outlook(label, baseline, load.seeds, load.statistics_s, forecasts, load.enough())
+
+
+def projection_table(projection: Projection) -> pl.DataFrame:
+    """One row for each schedule and GPU count."""
+    return pl.DataFrame(
+        [
+            {
+                "schedule": outlook.schedule,
+                "baseline": outlook.baseline,
+                "seeds": outlook.seeds,
+                **vars(forecast),
+                "enough_gpus": outlook.enough,
+            }
+            for outlook in projection.outlooks
+            for forecast in outlook.forecasts
+        ],
+        schema={
+            "schedule": pl.String,
+            "baseline": pl.String,
+            "seeds": pl.Int64,
+            "gpus": pl.Int64,
+            "seconds": pl.Float64,
+            "gpu_hours": pl.Float64,
+            "speedup": pl.Float64,
+            "busy": pl.Float64,
+            "enough_gpus": pl.Int64,
+        },
+    )
+
+
+# --- in words -----------------------------------------------------------------------------------------------
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count:,} GPUs"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
+def _listed(values: Sequence[object]) -> str:
+    *most, last = map(str, values)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _basis(fit: Fit) -> str:
+    config = fit.example.config
+    ranks = f"{_listed(fit.ranks)} data-parallel rank{'' if fit.ranks == [1] else 's'}"
+    tensor = f" of {config.parallel.tensor} GPUs each" if config.parallel.tensor > 1 else ""
+    return (
+        f"Measured in {fit.steps:,} steps on {ranks}{tensor}, each on {fit.example.hardware}: "
+        f"{_seconds(fit.cost.micro_s)} for a micro-batch of {config.data.micro_batch} sequences, "
+        f"{_seconds(fit.cost.step_s)} for the rest of a step, without synchronisation. Steps at their median "
+        f"account for {fit.typical:.0%} of the time of these steps; what disturbs a step now and then is not "
+        f"projected."
+    )
+
+
+def _synchronised(fit: Fit, projection: Projection) -> str:
+    network, measured = projection.network, fit.cost.sync_scale
+    shape = f"{network.bandwidth_gb_per_s:g} GB/s and {network.latency_us:g} µs per message for each rank"
+    if measured is None:
+        return f"Synchronisation: {shape}; the sweep ran at one width, so that nothing here measured it."
+    if projection.given:
+        return (
+            f"Synchronisation: {shape}, as asked for; on the network of the runs it took {measured:.3g} "
+            f"times as long as that."
+        )
+    return (
+        f"Synchronisation takes {measured:.3g} times as long as on a network of {shape}, as measured; "
+        f"between more hosts it may be slower."
+    )
+
+
+def _checked(fit: Fit) -> str:
+    if not fit.checks:
+        return (
+            f"Not checked in this sweep, which lacks the widths for it. Elsewhere, on 1, 2 and 4 processes "
+            f"of a busy CPU, each predicted from the others, the same model of a step was off by at most "
+            f"{BENCHMARK_ERROR:.0%} ({BENCHMARK})."
+        )
+    found = [
+        f"on {check.ranks} from {_listed(check.from_ranks)} by {text.signed(100 * check.error, 0)}%"
+        for check in fit.checks
+    ]
+    return (
+        f"Checked in this sweep: the time of its steps, predicted from other numbers of ranks, is off "
+        f"{_listed(found)}."
+    )
+
+
+def _assumptions(projection: Projection) -> list[str]:
+    found = [
+        "Assumed: batches as logged, the same micro-batch, nothing of the synchronisation hidden behind "
+        "computation, equally fast ranks and enough memory; starting up, evaluation and checkpoints are left "
+        "out. A run begun at that width would round its batches up to a micro-batch on each rank."
+    ]
+    if any(fit.example.threads for fit in projection.fits):
+        found.append(
+            "Measured on a CPU: a GPU stands for a process with cores of its own, such as those measured."
+        )
+    if projection.by_rank:
+        found.append(
+            f"The batches of {_listed(projection.by_rank)} follow from differences between the "
+            f"ranks of the run: on another number of ranks they would be others."
+        )
+    return found
