@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import polars as pl
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
@@ -69,8 +70,8 @@ def window_mean(x: Array, y: Array, grid: Array, width: float) -> Array:
 
 def running_median(y: Array, window: int) -> Array:
     """Centred median of `window` (odd) finite values, fewer at the ends."""
-    half = window // 2
-    return np.array([np.median(y[max(0, i - half) : i + half + 1]) for i in range(len(y))])
+    found: Array = pl.Series(y).rolling_median(window, min_samples=1, center=True).to_numpy()
+    return found
 
 
 def thin(y: Array, points: int) -> NDArray[np.int64]:

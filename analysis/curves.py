@@ -11,23 +11,28 @@ import polars as pl
 
 from analysis import align
 from analysis.align import Array
-from analysis.load import Sweep
+from analysis.load import Run, Sweep
 from analysis.summary import Schedule, is_cut
+from pipeline.throughput import flops_per_token
 
 Dataset = dict[str, list[Any]]  # column -> values, all of one length
 
-GRID = 200  # points of a mean curve
-POINTS_PER_LINE = 400  # of a single run
-POINTS_IN_ALL = 6_000  # of all runs together: keeps the page small when there are many
+# Of one figure's lines: so many points each, and so many together, which keeps the page small when there are
+# many lines, but never too few to show a shape.
+POINTS_PER_MEAN, POINTS_OF_MEANS = 200, 5_000
+POINTS_PER_LINE, POINTS_OF_LINES = 400, 6_000
+FEWEST_POINTS = 50
 SMOOTHING = 0.02  # width of the training loss's window, as a share of the axis
 MEDIAN_SHARE = 0.05  # width of the noise scale's window, as a share of its measurements
 
-AXES = ("tokens", "step", "time")
+RATE_WINDOW = 0.02  # width of the throughput's window, as a share of the run's training time
+
+AXES = ("tokens", "step", "time", "flops")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity of one run over the three axes."""
+    """One quantity of one run over every axis that is known of it."""
 
     schedule: str
     seed: str
@@ -36,29 +41,85 @@ class Curve:
     y: Array
 
 
-def of(sweep: Sweep, schedules: Sequence[Schedule], column: str) -> list[Curve]:
-    """The runs that recorded `column`, finished or not."""
-    found = []
-    for schedule in schedules:
-        for run in schedule.runs:
-            rows = sweep.record.filter((pl.col("point") == run.point) & pl.col(column).is_not_null())
-            if column == "batch/size" and len(rows) and is_cut(rows):
-                rows = rows[:-1]
-            if column == "stat/noise_scale":
-                rows = rows.filter(pl.col(column).is_finite())
-            if len(rows):
-                x = {axis: rows[axis].to_numpy() for axis in AXES}
-                y = rows[column].to_numpy()
-                if column == "stat/noise_scale":
-                    y = align.running_median(y, 2 * int(MEDIAN_SHARE * len(y) / 2) + 1)
-                done = run.point in schedule.numbers
-                found.append(Curve(schedule.label, run.seed, done, x, y))
-    return found
+@dataclass(frozen=True)
+class Trace:
+    """The rows of one run, finished or not, and where it stands."""
+
+    schedule: str
+    run: Run
+    finished: bool
+    rows: pl.DataFrame
+
+    def curve(self, rows: pl.DataFrame, y: Array) -> Curve:
+        """`y` over the axes: of `rows`, which belong to this run."""
+        x = {axis: rows[axis].to_numpy() for axis in ("tokens", "step", "time")}
+        if self.run.config:
+            config = self.run.config
+            x["flops"] = x["tokens"] * flops_per_token(config.model, config.data.sequence_length)
+        return Curve(self.schedule, self.run.seed, self.finished, x, y)
+
+
+def traces(sweep: Sweep, schedules: Sequence[Schedule]) -> list[Trace]:
+    """The runs that recorded anything, in the order of their schedules."""
+    tables = {key[0]: rows for key, rows in sweep.record.partition_by("point", as_dict=True).items()}
+    return [
+        Trace(schedule.label, run, run.point in schedule.numbers, tables[run.point])
+        for schedule in schedules
+        for run in schedule.runs
+        if run.point in tables
+    ]
+
+
+def recorded(column: str) -> Callable[[Trace], Curve | None]:
+    """A column as it was recorded."""
+    return lambda trace: _curve(trace, trace.rows.filter(pl.col(column).is_not_null()), column)
+
+
+def batch_size(trace: Trace) -> Curve | None:
+    """Without the last step where it was cut to end on the budget."""
+    rows = trace.rows.filter(pl.col("batch/size").is_not_null())
+    return _curve(trace, rows[:-1] if len(rows) and is_cut(rows) else rows, "batch/size")
+
+
+def noise_scale(trace: Trace) -> Curve | None:
+    rows = trace.rows.filter(pl.col("stat/noise_scale").is_finite())
+    y = align.running_median(rows["stat/noise_scale"].to_numpy(), 2 * int(MEDIAN_SHARE * len(rows) / 2) + 1)
+    return trace.curve(rows, y) if len(rows) else None
+
+
+def throughput(trace: Trace) -> Curve | None:
+    """Tokens per second over windows of training time: Δtokens/Δtime between their ends.
+
+    From the two columns that every source has, whichever steps it has: a rate averaged over rows would count
+    a short step as much as a long one.
+    """
+    columns = ("time", "tokens", "step")
+    # A step of no measured duration adds its tokens to the next.
+    rows = trace.rows.select(columns).unique("time", keep="last", maintain_order=True)
+    rows = pl.concat([pl.DataFrame({column: [0.0] for column in columns}), rows.filter(pl.col("time") > 0)])
+    time = rows["time"].to_numpy()
+    if len(rows) < 2:
+        return None
+    width = RATE_WINDOW * time[-1]
+    ends = np.linspace(width, time[-1], round(2 / RATE_WINDOW) - 1)  # each overlaps half of the one before
+    at = {column: np.interp(ends - width / 2, time, rows[column].to_numpy()) for column in columns}
+    tokens = rows["tokens"].to_numpy()
+    rate = (np.interp(ends, time, tokens) - np.interp(ends - width, time, tokens)) / width
+    return trace.curve(pl.DataFrame(at), rate)
+
+
+def _curve(trace: Trace, rows: pl.DataFrame, column: str) -> Curve | None:
+    return trace.curve(rows, rows[column].to_numpy()) if len(rows) else None
+
+
+def common_axes(lines: Sequence[Curve]) -> list[str]:
+    """The axes that all lines have: of a run without a config the FLOPs are not known."""
+    return [axis for axis in AXES if all(axis in line.x for line in lines)]
 
 
 def run_lines(lines: Sequence[Curve], axes: Sequence[str]) -> Dataset:
     """Every run by itself, thinned for drawing."""
-    points = max(50, min(POINTS_PER_LINE, POINTS_IN_ALL // max(len(lines), 1)))
+    points = _points(POINTS_PER_LINE, POINTS_OF_LINES, len(lines))
     out: Dataset = {key: [] for key in ("schedule", "run", *axes, "y")}
     for line in lines:
         kept = align.thin(line.y, points)
@@ -79,11 +140,13 @@ def mean_lines(lines: Sequence[Curve], axes: Sequence[str], resample: Resample, 
     exact: the grid is every point of every run, for curves of few points.
     """
     out: Dataset = {key: [] for key in ("schedule", "axis", "x", "y", "seeds")}
-    for label in dict.fromkeys(line.schedule for line in lines if line.finished):
+    labels = list(dict.fromkeys(line.schedule for line in lines if line.finished))
+    points = _points(POINTS_PER_MEAN, POINTS_OF_MEANS, len(labels))
+    for label in labels:
         group = [line for line in lines if line.schedule == label and line.finished]
         for axis in axes:
             xs = [line.x[axis] for line in group]
-            grid = align.shared_points(xs) if exact else align.uniform_grid(xs, GRID)
+            grid = align.shared_points(xs) if exact else align.uniform_grid(xs, points)
             if not len(grid):
                 continue
             mean = np.mean([resample(x, line.y, grid) for x, line in zip(xs, group, strict=True)], axis=0)
@@ -95,41 +158,45 @@ def mean_lines(lines: Sequence[Curve], axes: Sequence[str], resample: Resample, 
     return out
 
 
+def _points(per_line: int, in_all: int, lines: int) -> int:
+    return max(FEWEST_POINTS, min(per_line, in_all // max(lines, 1)))
+
+
 def smooth(x: Array, y: Array, grid: Array) -> Array:
     return align.window_mean(x, y, grid, SMOOTHING * float(x[-1]))
 
 
+COSTS = {"step": "steps", "time": "seconds"}  # axis of the trade: what a schedule takes
+
+
 def final_points(schedules: Sequence[Schedule]) -> Dataset:
-    """Steps and final validation loss of every finished run."""
-    out: Dataset = {key: [] for key in ("schedule", "run", "step", "y")}
+    """Steps, training time and final validation loss of every finished run."""
+    out: Dataset = {key: [] for key in ("schedule", "run", *COSTS, "y")}
     for schedule in schedules:
         for run in schedule.finished:
             numbers = schedule.numbers[run.point]
             out["schedule"].append(schedule.label)
             out["run"].append(f"{schedule.label}, seed {run.seed}")
-            out["step"].append(numbers.steps)
+            out["step"] += _short([numbers.steps])
+            out["time"] += _short([numbers.seconds])
             out["y"] += _short([numbers.val_loss])
     return out
 
 
 def final_means(schedules: Sequence[Schedule]) -> Dataset:
-    """Per schedule: mean steps, mean loss with its interval, whether no other is better in both, and where
-    its label goes: towards the middle of the figure, every second one below its point."""
-    found = [(s, s.mean("steps"), s.val_loss) for s in schedules]
-    known = [(s, x, loss) for s, x, loss in found if x and loss and np.isfinite(loss.mean)]
-    known.sort(key=lambda item: item[1])
-    out: Dataset = {
-        key: [] for key in ("schedule", "step", "y", "low", "high", "seeds", "front", "left", "below")
-    }
-    for place, (schedule, steps, loss) in enumerate(known):
-        beaten = any(
-            x <= steps and other.mean <= loss.mean and (x, other.mean) != (steps, loss.mean)
-            for _, x, other in known
-        )
-        row = (schedule.label, steps, loss.mean, loss.low, loss.high, loss.n, not beaten)
-        left = steps**2 > known[0][1] * known[-1][1]  # right of the middle of a logarithmic axis
-        for column, value in zip(out.values(), (*row, left, place % 2 == 1), strict=True):
-            column.append(value)
+    """Per axis and schedule: mean cost, mean loss, its interval, and whether no other is better in both."""
+    out: Dataset = {key: [] for key in ("schedule", "axis", "x", "y", "low", "high", "seeds", "front")}
+    for axis, cost in COSTS.items():
+        found = [(s, s.mean(cost), s.val_loss) for s in schedules]
+        known = [(s, x, loss) for s, x, loss in found if x and loss and np.isfinite(loss.mean)]
+        for schedule, x, loss in sorted(known, key=lambda item: item[1]):
+            beaten = any(
+                other_x <= x and other.mean <= loss.mean and (other_x, other.mean) != (x, loss.mean)
+                for _, other_x, other in known
+            )
+            row = (schedule.label, axis, x, loss.mean, loss.low, loss.high, loss.n, not beaten)
+            for column, value in zip(out.values(), row, strict=True):
+                column.append(value)
     return out
 
 

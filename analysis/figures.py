@@ -1,13 +1,15 @@
 """The figures as Vega-Lite specifications: one source for the page's charts and for the PNG files.
 
-A figure is a row of panels. The page embeds each panel by itself, so that it can follow the width and the
-colour scheme; `png` joins them. Panels name their data, which `datasets` holds once for all of them. Colours
-come from the configuration (`look.config`), since they depend on the scheme; dashes and shapes do not.
+A figure is a row of panels. The page embeds one panel of each chart by itself, so that it can follow the
+width, the colour scheme and the chosen axis; `joined` makes one picture of those that a file shows. Panels
+name their data, which `datasets` holds once for all of them. Colours come from the configuration
+(`look.config`), since they depend on the scheme; dashes and shapes do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,14 +17,15 @@ import vl_convert
 
 from analysis import align, curves, look, panels
 from analysis import numbers as text
-from analysis.curves import MEDIAN_SHARE, SMOOTHING, Dataset, Resample
+from analysis.curves import MEDIAN_SHARE, RATE_WINDOW, SMOOTHING, Curve, Dataset, Resample, Trace
 from analysis.load import Sweep
 from analysis.look import Spec
-from analysis.panels import Axis, Panel
+from analysis.panels import Axis, Panel, Quantity
 from analysis.statistics import Estimate
 from analysis.summary import Schedule
 
 VEGA_LITE = "6.4"
+MARKED_POINTS = 1_000  # of all runs together: more are a smear, and slow to draw
 
 
 @dataclass(frozen=True)
@@ -32,131 +35,203 @@ class Figure:
     caption: str
     alternative: str  # what the figure shows, in words and numbers
     panels: list[Panel]
+    over: tuple[str, ...]  # the axes that a file shows side by side; the page lets the reader choose
+
+    @property
+    def charts(self) -> list[str]:
+        return list(dict.fromkeys(panel.chart for panel in self.panels))
+
+    @property
+    def follows_axis(self) -> bool:
+        """Whether the page's choice of an axis governs it."""
+        return len(self.panels) > len(self.charts)
 
 
 _MEANS = "Bold: mean over seeds; faint: seeds"
 
 
+@dataclass(frozen=True)
+class _Curves:
+    """What is drawn over tokens, steps, time and FLOPs, and how."""
+
+    curve: Callable[[Trace], Curve | None]
+    resample: Resample
+    exact: bool = False  # the mean at every point of every run: they are few
+
+
+_CURVES = {
+    "validation": _Curves(curves.recorded("val/loss"), align.interpolate, exact=True),
+    "training": _Curves(curves.recorded("train/loss"), curves.smooth),
+    "batch": _Curves(curves.batch_size, align.hold),
+    "noise": _Curves(curves.noise_scale, align.interpolate),
+    "throughput": _Curves(curves.throughput, align.interpolate),
+}
+
+
 def build(sweep: Sweep, schedules: Sequence[Schedule]) -> tuple[list[Figure], dict[str, Dataset]]:
     """The figures that this sweep's records can fill, and the data they name."""
-    every, tokens = ("tokens", "step", "time"), ("tokens",)
-    recorded: dict[str, tuple[str, tuple[str, ...], Resample, bool]] = {
-        "validation": ("val/loss", every, align.interpolate, True),
-        "training": ("train/loss", every, curves.smooth, False),
-        "batch": ("batch/size", tokens, align.hold, False),
-        "noise": ("stat/noise_scale", tokens, align.interpolate, False),
-    }
     datasets: dict[str, Dataset] = {}
-    ends = dict.fromkeys(every, 1.0)
-    for name, (column, over, resample, exact) in recorded.items():
-        lines = curves.of(sweep, schedules, column)
-        ends = {axis: max([end, *(float(line.x[axis][-1]) for line in lines)]) for axis, end in ends.items()}
-        datasets[f"{name}_runs"] = curves.run_lines(lines, over)
-        datasets[f"{name}_means"] = curves.mean_lines(lines, over, resample, exact)
+    traces = curves.traces(sweep, schedules)
+    lines = {
+        name: [line for trace in traces if (line := found.curve(trace))] for name, found in _CURVES.items()
+    }
+    every = [line for found in lines.values() for line in found]
+    known = curves.common_axes(every)
+    ends = {axis: max((float(line.x[axis][-1]) for line in every), default=1.0) for axis in known}
+    for name, found in _CURVES.items():
+        datasets[f"{name}_runs"] = curves.run_lines(lines[name], known)
+        datasets[f"{name}_means"] = curves.mean_lines(lines[name], known, found.resample, found.exact)
     datasets["final_runs"] = curves.final_points(schedules)
-    datasets["final_means"] = curves.final_means(schedules)
+    means = curves.final_means(schedules)
+    if means["y"]:
+        means = panels.labelled(means, panels.final_loss(datasets["final_runs"], means))
+    datasets["final_means"] = means
 
-    axes = panels.axes(ends)
-    makers = (_tradeoff, _validation, _training, _batch, _noise)
-    figures = [figure for make in makers if (figure := make(datasets, schedules, axes))]
-    specs = str([panel.spec for figure in figures for panel in figure.panels])
-    return figures, {name: data for name, data in datasets.items() if f"'{name}'" in specs}
-
-
-Axes = tuple[Axis, Axis, Axis]
-_Schedules = Sequence[Schedule]
-
-
-def _labels(schedules: _Schedules) -> list[str]:
-    return [schedule.label for schedule in schedules]
+    drawing = Drawing(datasets, schedules, panels.axes(ends))
+    makers = (_tradeoff, _validation, _training, _batch, _noise, _throughput)
+    figures = [figure for make in makers if (figure := make(drawing))]
+    used = {name for figure in figures for panel in figure.panels for name in panel.names}
+    return figures, {name: data for name, data in datasets.items() if name in used}
 
 
-def _tradeoff(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Figure | None:
-    runs, means = data["final_runs"], data["final_means"]
+@dataclass(frozen=True)
+class Drawing:
+    """What the figures are made of."""
+
+    data: dict[str, Dataset]
+    schedules: Sequence[Schedule]
+    axes: dict[str, Axis]
+
+    @property
+    def labels(self) -> list[str]:
+        return [schedule.label for schedule in self.schedules]
+
+    def values(self, name: str) -> list[float]:
+        return panels.finite(self.data[f"{name}_runs"])
+
+    def curves(self, name: str, quantity: Quantity) -> list[Panel]:
+        """One panel for each axis."""
+        has_means = bool(self.data[f"{name}_means"]["y"])
+        return [
+            panels.curve_panel(name, axis, quantity, self.labels, has_means) for axis in self.axes.values()
+        ]
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The axes of a file: FLOPs are tokens times a constant unless the runs' models differ."""
+        runs = [run for schedule in self.schedules for run in schedule.runs]
+        models = {repr((run.config.model, run.config.data.sequence_length)) for run in runs if run.config}
+        return tuple(axis for axis in self.axes if axis != "flops" or len(models) > 1)
+
+
+def _tradeoff(drawing: Drawing) -> Figure | None:
+    runs, means = drawing.data["final_runs"], drawing.data["final_means"]
     if not means["y"]:
         return None
+    quantity = panels.final_loss(runs, means)
+    shown = tuple(axis for axis in curves.COSTS if axis in means["axis"])
     return Figure(
         "tradeoff",
-        "The trade: loss against steps",
-        "Lower is a better model, further left is fewer optimizer steps for the same tokens. Large marks: "
-        "mean over seeds, with the 95% interval as a bar, cut at the frame; small marks: seeds. The dashed "
-        "line joins the schedules that no other beats in both.",
-        f"Final validation loss and optimizer steps. {_ends(schedules)}",
-        [panels.front_panel(_labels(schedules), runs["step"], panels.final_loss(runs, means))],
+        "The trade: loss against steps and time",
+        "Lower is a better model; further left is fewer optimizer steps, or less training time, for the same "
+        "tokens. Large marks: mean over seeds, with the 95% interval as a bar, cut at the frame; small "
+        "marks: seeds. The dashed line joins the schedules that no other beats in both.",
+        f"Final validation loss, optimizer steps and training time. {_ends(drawing.schedules)}",
+        [panels.front_panel(drawing.axes[axis], means, quantity, drawing.labels) for axis in shown],
+        shown,
     )
 
 
-def _validation(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Figure | None:
-    runs = data["validation_runs"]
-    if not panels.finite(runs):
+def _validation(drawing: Drawing) -> Figure | None:
+    if not drawing.values("validation"):
         return None
-    quantity = panels.loss("validation loss", runs, data["validation_means"], 0.1, measured=True)
+    runs, means = drawing.data["validation_runs"], drawing.data["validation_means"]
+    marked = len(runs["y"]) <= MARKED_POINTS
+    quantity = panels.loss("validation loss", runs, means, 0.1, marked)
+    points = ", with a point for each evaluation" if marked else ""
     return Figure(
         "validation_loss",
         "Validation loss",
-        f"{_MEANS}, with a point for each evaluation. Logarithmic; early evaluations may lie above the "
-        "frame.",
-        f"Validation loss over tokens, optimizer steps and training time. {_ends(schedules)}",
-        [panels.curve_panel("validation", axis, quantity, _labels(schedules)) for axis in axes],
+        f"{_MEANS}{points}. Logarithmic; early evaluations may lie above the frame.",
+        f"Validation loss. {_ends(drawing.schedules)}",
+        drawing.curves("validation", quantity),
+        drawing.compared,
     )
 
 
-def _training(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Figure | None:
-    runs = data["training_runs"]
-    if not panels.finite(runs):
+def _training(drawing: Drawing) -> Figure | None:
+    if not drawing.values("training"):
         return None
-    quantity = panels.loss("training loss", runs, data["training_means"], 0.05, measured=False)
+    runs, means = drawing.data["training_runs"], drawing.data["training_means"]
+    quantity = panels.loss("training loss", runs, means, 0.05, measured=False)
     return Figure(
         "training_loss",
         "Training loss",
         f"{_MEANS}, as recorded. The means are averaged over windows of {SMOOTHING:.0%} of the axis. "
         "Logarithmic; the first steps lie above the frame.",
-        f"Training loss over tokens, optimizer steps and training time. {_ends(schedules, 'train_loss')}",
-        [panels.curve_panel("training", axis, quantity, _labels(schedules)) for axis in axes],
+        f"Training loss. {_ends(drawing.schedules, 'train_loss')}",
+        drawing.curves("training", quantity),
+        drawing.compared,
     )
 
 
-def _batch(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Figure | None:
-    sizes = panels.finite(data["batch_runs"])
+def _batch(drawing: Drawing) -> Figure | None:
+    sizes = drawing.values("batch")
     if not sizes:
         return None
     quantity = panels.logarithmic("batch size (sequences)", sizes, 2, "step-before")
     final = "; ".join(
         f"{s.label}: mean {text.count(s.mean('mean_batch'))}, final {text.count(s.mean('final_batch'))}"
-        for s in schedules
+        for s in drawing.schedules
         if s.finished
     )
     return Figure(
         "batch_size",
         "Batch size",
         f"Sequences per optimizer step. {_MEANS}. The last step, cut to end on the budget, is not drawn.",
-        f"Batch size in sequences over tokens. {final}",
-        [panels.curve_panel("batch", axes[0], quantity, _labels(schedules))],
+        f"Batch size in sequences. {final}",
+        drawing.curves("batch", quantity),
+        ("tokens",),
     )
 
 
-def _noise(data: dict[str, Dataset], schedules: _Schedules, axes: Axes) -> Figure | None:
-    scales = [y for y in panels.finite(data["noise_runs"]) if y > 0]
+def _noise(drawing: Drawing) -> Figure | None:
+    scales = [y for y in drawing.values("noise") if y > 0]
     if not scales:
         return None
+    quantity = panels.logarithmic("noise scale (sequences)", scales, 10, "linear")
     return Figure(
         "noise_scale",
         "Gradient noise scale",
         f"The batch, in sequences, at which noise and signal of the gradient are equal: running median over "
         f"{MEDIAN_SHARE:.0%} of the measurements, since a single one is often meaningless. {_MEANS}.",
-        f"Noise scale over tokens, from {text.compact(min(scales))} to {text.compact(max(scales))} sequences",
-        [
-            panels.curve_panel(
-                "noise",
-                axes[0],
-                panels.logarithmic("noise scale (sequences)", scales, 10, "linear"),
-                _labels(schedules),
-            )
-        ],
+        f"Noise scale, from {text.compact(min(scales))} to {text.compact(max(scales))} sequences",
+        drawing.curves("noise", quantity),
+        ("tokens",),
     )
 
 
-def _ends(schedules: _Schedules, quantity: Literal["val_loss", "train_loss"] = "val_loss") -> str:
+def _throughput(drawing: Drawing) -> Figure | None:
+    rates = [y for y in drawing.values("throughput") if y > 0]
+    if not rates:
+        return None
+    means = "; ".join(
+        f"{s.label}: {text.compact(s.mean('tokens_per_second'), 3)} tokens/s"
+        for s in drawing.schedules
+        if s.finished
+    )
+    return Figure(
+        "throughput",
+        "Throughput",
+        f"Tokens per second of training, without evaluation, over windows of {RATE_WINDOW:.0%} of a run's "
+        f"time. {_MEANS}.",
+        f"Tokens per second of training. {means}",
+        drawing.curves("throughput", panels.from_zero("tokens per second", rates)),
+        ("tokens",),
+    )
+
+
+def _ends(schedules: Sequence[Schedule], quantity: Literal["val_loss", "train_loss"] = "val_loss") -> str:
     """Where each schedule ends: the figure in words."""
     ends: dict[str, Estimate | None] = {s.label: getattr(s, quantity) for s in schedules}
     return "; ".join(
@@ -169,27 +244,44 @@ def _ends(schedules: _Schedules, quantity: Literal["val_loss", "train_loss"] = "
 
 
 def joined(figure: Figure, datasets: dict[str, Dataset], labels: Sequence[str]) -> Spec:
-    """The whole figure as one specification, for a file."""
-    width = 560 if len(figure.panels) == 1 else 300
-    parts = [{**panel.spec, "layer": _static(panel.spec), "width": width} for panel in figure.panels]
+    """The figure as one specification, for a file."""
+    shown = [panel for panel in figure.panels if panel.axis in figure.over]
+    width = {1: 560, 2: 400}.get(len(shown), 300)
     entry = 50 + 7 * max(map(len, labels))  # pixels of a legend's entry
     font = "Helvetica, Arial, Liberation Sans, sans-serif"
+    used = {name for panel in shown for name in panel.names}
+    config = look.config("light", len(labels), font, max(1, width * len(shown) // entry))
+    config["legend"] |= shown[0].symbols
     return {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "title": figure.title,
         "description": figure.alternative,
         "params": [panels.HIDDEN],
-        "datasets": {name: curves.rows(data) for name, data in datasets.items() if f"'{name}'" in str(parts)},
-        "hconcat": parts,
+        "datasets": {name: curves.rows(data) for name, data in datasets.items() if name in used},
+        "hconcat": [{**panel.spec, "width": width} for panel in shown],
         "spacing": 28,
-        "config": look.config("light", len(labels), font, max(1, width * len(parts) // entry)),
+        "config": config,
     }
 
 
-def _static(spec: Spec) -> list[Spec]:
-    """The layers that show something without a pointer."""
-    return [layer for layer in spec["layer"] if "params" not in layer]
+def images(spec: Spec) -> dict[str, bytes]:
+    """The picture by file extension. Text stays text in SVG and PDF, whose fonts are embedded."""
+    svg = _clipped_once(vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE))
+    return {
+        "png": vl_convert.svg_to_png(svg, scale=2),
+        "pdf": vl_convert.svg_to_pdf(svg),
+        "svg": svg.encode(),
+    }
 
 
-def png(spec: Spec) -> bytes:
-    return vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
+def _clipped_once(svg: str) -> str:
+    """The lines of a layer cut at the frame together: Vega cuts each by itself, which makes the same picture
+    but of 100 runs takes ten times as long to rasterize."""
+
+    def outwards(group: str) -> str:
+        cut = re.compile(r'(<g class="mark-line [^"]*")( clip-path="[^"]*")')
+        found = cut.search(group)
+        return cut.sub(r"\1", group).replace('pathgroup"', f'pathgroup"{found[2]}', 1) if found else group
+
+    before, *groups = re.split(r'(?=<g class="mark-group role-scope [^"]*pathgroup")', svg)
+    return before + "".join(map(outwards, groups))

@@ -42,6 +42,7 @@ class Run:
     config: Config | None
     status: Status | None
     command: list[str]  # that asked for it last
+    url: str | None = None  # of the run in wandb
 
     @property
     def seed(self) -> str:

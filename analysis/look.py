@@ -41,8 +41,8 @@ def _shifted(values: Sequence[T], n: int) -> list[T]:
 
 def config(scheme: Scheme, labels: int, font: str, legend_columns: int = 0) -> Spec:
     """Everything that depends on the colour scheme or the place; the page has its own legend."""
-    light = ("#1a1d21", "#5b6470", "#e4e7eb")
-    ink, muted, line = light if scheme == "light" else ("#eceff3", "#a3adba", "#2c333c")
+    light, dark = ("#ffffff", "#1a1d21", "#5b6470", "#e4e7eb"), ("#14171b", "#eceff3", "#a3adba", "#2c333c")
+    ground, ink, muted, line = light if scheme == "light" else dark
     return {
         "background": "white" if legend_columns else "transparent",
         "font": font,
@@ -66,7 +66,10 @@ def config(scheme: Scheme, labels: int, font: str, legend_columns: int = 0) -> S
         },
         "axisX": {"grid": False, "tickCount": 5},
         "axisY": {"tickCount": 5, "domain": False, "ticks": False},
-        "style": {"front": {"color": muted, "strokeWidth": 1, "strokeDash": [3, 3], "opacity": 0.8}},
+        "style": {
+            "front": {"color": muted, "strokeWidth": 1, "strokeDash": [3, 3], "opacity": 0.8},
+            "halo": {"color": ground, "stroke": ground, "strokeWidth": 4, "strokeJoin": "round"},
+        },
         "text": {"fontSize": 12},
         "legend": {
             "disable": not legend_columns,
@@ -74,9 +77,7 @@ def config(scheme: Scheme, labels: int, font: str, legend_columns: int = 0) -> S
             "orient": "top",
             "labelColor": ink,
             "labelFontSize": 12,
-            "symbolType": "stroke",
             "symbolOpacity": 1,
-            "symbolSize": 500,
             "symbolStrokeWidth": 2.2,
             "labelLimit": 400,
         },

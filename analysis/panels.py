@@ -12,10 +12,30 @@ from analysis.look import Spec, dashes, shapes
 
 
 @dataclass(frozen=True)
+class Pointed:
+    """What the pointer finds, and what its numbers are."""
+
+    data: list[tuple[str, str]]  # dataset, its column of x; y is y
+    x: str
+    y: str
+    size: float  # of the unit in which the x-axis counts
+
+
+@dataclass(frozen=True)
 class Panel:
-    name: str
+    """One set of axes. The panels of one chart show the same over different axes: the page one at a time."""
+
+    chart: str
+    axis: str
     title: str
     spec: Spec
+    pointed: Pointed
+    symbols: Spec  # of the legend in a file
+
+    @property
+    def names(self) -> set[str]:
+        """The datasets that it draws."""
+        return {layer["data"]["name"] for layer in self.spec["layer"]}
 
 
 @dataclass(frozen=True)
@@ -25,24 +45,29 @@ class Axis:
     unit: str  # of the values, for the tooltip; the axis may count in a larger one
     end: float
     spec: Spec
+    size: float = 1.0  # of the unit in which it counts
 
 
 # 0.5, 800k, 2B
 _SI = "datum.value < 1 ? format(datum.value, '~g') : replace(format(datum.value, '~s'), 'G', 'B')"
 
+_POWER = "datum.value == 0 ? '0' : replace(format(datum.value, '.3~e'), 'e+', 'e')"  # 1.5e12
 
-def axes(ends: dict[str, float]) -> tuple[Axis, Axis, Axis]:
-    """Tokens, steps and time; time in the unit that suits the longest run."""
+
+def axes(ends: dict[str, float]) -> dict[str, Axis]:
+    """Those of `ends`; time in the unit that suits the longest run."""
     seconds = ends["time"]
     unit, size = ("s", 1) if seconds < 300 else ("min", 60) if seconds < 3 * 3600 else ("h", 3600)
     step = _nice_step(seconds / size) * size
     ticks = [i * step for i in range(int(seconds / step) + 1)]
     clock: Spec = {"labelExpr": f"format(datum.value / {size}, '~g')", "values": ticks}
-    return (
+    found = (
         Axis("tokens", "tokens", "tokens", ends["tokens"], {"labelExpr": _SI}),
         Axis("step", "optimizer steps", "optimizer steps", ends["step"], {"labelExpr": _SI}),
-        Axis("time", f"training time ({unit})", "training time (s)", seconds, clock),
+        Axis("time", f"training time ({unit})", "training time (s)", seconds, clock, size),
+        Axis("flops", "model FLOPs", "model FLOPs", ends.get("flops", 0.0), {"labelExpr": _POWER}),
     )
+    return {axis.field: axis for axis in found if axis.field in ends}
 
 
 def _nice_step(span: float) -> float:
@@ -68,97 +93,69 @@ HIDDEN = {"name": "hidden", "value": []}  # the page's legend fills it
 _SHOWN = {"filter": "indexof(hidden, datum.schedule) < 0"}
 
 
-def _tooltip(*entries: tuple[str, str, str | None]) -> Spec:
-    """Title, field and number format of each line, as an expression.
-
-    Vega-Lite's own list of fields loses the texts where the nearest point is sought (6.4: it looks them up on
-    the cell around the point, not on the point).
-    """
-    shown = []
-    for title, field, form in entries:
-        value = f"(datum.datum || datum)['{field}']"
-        shown.append(f"'{title}': " + (f"format({value}, '{form}')" if form else f"{value} + ''"))
-    return {"value": {"expr": "{" + ", ".join(shown) + "}"}}
-
-
 @dataclass(frozen=True)
 class Quantity:
     title: str
     scale: Spec
     axis: Spec
     line: Literal["linear", "step-before"] = "linear"
-    measured: bool = False  # mark the points of each run: they are few
+    measured: bool = False  # mark the points of each run
 
 
-def curve_panel(dataset: str, axis: Axis, quantity: Quantity, labels: Sequence[str]) -> Panel:
-    """Runs faint, means bold, and the nearest mean point with its numbers under the pointer."""
+def curve_panel(
+    dataset: str, axis: Axis, quantity: Quantity, labels: Sequence[str], has_means: bool
+) -> Panel:
+    """Runs faint, means bold."""
     color, dash, _ = _schedule_scales(labels)
     x: Spec = {"field": "x", "type": "quantitative", "title": axis.title, "axis": axis.spec}
     x |= {"scale": {"nice": False, "domain": [0, axis.end]}}
     y: Spec = {"field": "y", "type": "quantitative", "title": quantity.title}
     y |= {"scale": quantity.scale, "axis": quantity.axis}
     line: Spec = {"type": "line", "interpolate": quantity.line, "clip": True, "aria": False}
-    means: Spec = {
-        "data": {"name": f"{dataset}_means"},
-        "transform": [{"filter": f"datum.axis == '{axis.field}'"}, _SHOWN],
-    }
+    point = {"size": 14, "opacity": 0.5} if quantity.measured else False
     runs_layer: Spec = {
         "data": {"name": f"{dataset}_runs"},
         "transform": [_SHOWN],
-        "mark": {
-            **line,
-            "opacity": 0.28,
-            "strokeWidth": 1,
-            "point": {"size": 14, "opacity": 0.5} if quantity.measured else False,
-        },
+        "mark": {**line, "strokeOpacity": 0.28 if has_means else 0.8, "strokeWidth": 1, "point": point},
         "encoding": {"x": {**x, "field": axis.field}, "y": y, "color": color, "detail": {"field": "run"}},
     }
     means_layer: Spec = {
-        **means,
+        "data": {"name": f"{dataset}_means"},
+        "transform": [{"filter": f"datum.axis == '{axis.field}'"}, _SHOWN],
         "mark": {**line, "strokeWidth": 2.2},
         "encoding": {"x": x, "y": y, "color": color, "strokeDash": dash},
     }
-    pointer = f"nearest_{dataset}_{axis.field}"
-    select = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout"}
-    pointer_layer: Spec = {
-        **means,
-        "params": [{"name": pointer, "select": {**select, "encodings": ["x", "y"]}}],
-        "mark": {"type": "point", "filled": True, "size": 55, "clip": True, "aria": False},
-        "encoding": {
-            "x": x,
-            "y": y,
-            "color": color,
-            "opacity": {"condition": {"param": pointer, "empty": False, "value": 1}, "value": 0},
-            "tooltip": _tooltip(
-                ("schedule", "schedule", None),
-                (axis.unit, "x", ",.4~r"),
-                (quantity.title, "y", ".4~r"),
-                ("seeds", "seeds", None),
-            ),
-        },
-    }
-    spec: Spec = {"height": 230, "layer": [runs_layer, means_layer, pointer_layer]}
-    return Panel(f"{dataset}_{axis.field}", f"over {axis.title}", spec)
+    found = [(f"{dataset}_means", "x")] if has_means else [(f"{dataset}_runs", axis.field)]
+    return Panel(
+        dataset,
+        axis.field,
+        f"over {axis.title}",
+        {"height": 230, "layer": [runs_layer, means_layer]},
+        Pointed(found, axis.unit, quantity.title, axis.size),
+        {"symbolType": "stroke", "symbolSize": 500},
+    )
 
 
-def front_panel(labels: Sequence[str], steps: Sequence[float], quantity: Quantity) -> Panel:
+def front_panel(axis: Axis, means: Dataset, quantity: Quantity, labels: Sequence[str]) -> Panel:
     """One mark per schedule, one smaller per run, and the steps of what no other schedule beats."""
-    margin = 1.05 * (max(steps) / min(steps)) ** 0.04
-    ends = [min(steps) / margin, max(steps) * margin]
+    costs = [x for x, field in zip(means["x"], means["axis"], strict=True) if field == axis.field]
+    ends = _front_ends(costs)
     color, _, shape = _schedule_scales(labels)
-    plain, outline = {**color, "legend": None}, {**shape, "legend": None}  # labelled in place instead
+    # Labelled in place; a file has a legend as well where not every mark could be.
+    legend: Spec = {} if "" in means["label"] else {"legend": None}
+    plain, outline = {**color, **legend}, {**shape, **legend}
     x: Spec = {
-        "field": "step",
+        "field": "x",
         "type": "quantitative",
-        "title": "optimizer steps",
+        "title": axis.title,
         "scale": {"type": "log", "nice": False, "domain": ends},
-        "axis": _log_axis(ends[0], ends[1], 10),
+        "axis": {"labelExpr": axis.spec["labelExpr"], **_front_ticks(axis, ends)},
     }
     y: Spec = {"field": "y", "type": "quantitative", "title": quantity.title}
     y |= {"scale": quantity.scale, "axis": quantity.axis}
-    numbers = (("optimizer steps", "step", ",~r"), (quantity.title, "y", ".4f"))
-    means: Spec = {"data": {"name": "final_means"}, "transform": [_SHOWN]}
-    point: Spec = {"type": "point", "aria": False}
+    of_axis = {"filter": f"datum.axis == '{axis.field}'"}
+    layer: Spec = {"data": {"name": "final_means"}, "transform": [of_axis, _SHOWN]}
+    point: Spec = {"type": "point", "aria": False, "clip": True}
     label: Spec = {
         "type": "text",
         "align": {"expr": "datum.left ? 'right' : 'left'"},
@@ -166,16 +163,24 @@ def front_panel(labels: Sequence[str], steps: Sequence[float], quantity: Quantit
         "dy": {"expr": "datum.below ? 15 : -11"},
         "baseline": "middle",
         "fontWeight": 600,
+        "clip": True,
+        "aria": False,
     }
     layers: list[Spec] = [
         {
-            **means,
-            "transform": [{"filter": "datum.front"}, _SHOWN],
-            "mark": {"type": "line", "interpolate": "step-after", "aria": False, "style": "front"},
+            **layer,
+            "transform": [of_axis, {"filter": "datum.front"}, _SHOWN],
+            "mark": {
+                "type": "line",
+                "interpolate": "step-after",
+                "aria": False,
+                "style": "front",
+                "clip": True,
+            },
             "encoding": {"x": x, "y": y},
         },
         {
-            **means,
+            **layer,
             "mark": {"type": "rule", "strokeWidth": 1.5, "opacity": 0.55, "clip": True, "aria": False},
             "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": plain},
         },
@@ -183,32 +188,117 @@ def front_panel(labels: Sequence[str], steps: Sequence[float], quantity: Quantit
             "data": {"name": "final_runs"},
             "transform": [_SHOWN],
             "mark": {**point, "size": 30, "opacity": 0.6},
-            "encoding": {
-                "x": x,
-                "y": y,
-                "color": plain,
-                "shape": outline,
-                "tooltip": _tooltip(("run", "run", None), *numbers),
-            },
+            "encoding": {"x": {**x, "field": axis.field}, "y": y, "color": plain, "shape": outline},
         },
         {
-            **means,
+            **layer,
             "mark": {**point, "filled": True, "size": 110, "opacity": 1},
             "encoding": {
                 "x": x,
                 "y": y,
                 "color": plain,
                 "shape": outline,
-                "tooltip": _tooltip(("schedule", "schedule", None), *numbers, ("seeds", "seeds", None)),
             },
         },
         {
-            **means,
-            "mark": {**label, "aria": False, "limit": 260},
-            "encoding": {"x": x, "y": y, "color": plain, "text": {"field": "schedule"}},
+            **layer,
+            "mark": {**label, "style": "halo"},  # of the ground, where a label crosses a line
+            "encoding": {"x": x, "y": y, "text": {"field": "label"}},
+        },
+        {
+            **layer,
+            "mark": label,
+            "encoding": {"x": x, "y": y, "color": plain, "text": {"field": "label"}},
         },
     ]
-    return Panel("front", "final validation loss against optimizer steps", {"height": 320, "layer": layers})
+    return Panel(
+        f"front_{axis.field}",
+        axis.field,
+        f"against {axis.title}",
+        {"height": FRONT_HEIGHT, "layer": layers},
+        Pointed([("final_means", "x"), ("final_runs", axis.field)], axis.unit, quantity.title, axis.size),
+        {"symbolType": "circle", "symbolSize": 90},
+    )
+
+
+def _front_ends(costs: Sequence[float]) -> list[float]:
+    margin = 1.05 * (max(costs) / min(costs)) ** 0.04
+    return [min(costs) / margin, max(costs) * margin]
+
+
+def _front_ticks(axis: Axis, ends: list[float]) -> Spec:
+    """Of a logarithmic axis, in the unit in which its linear sibling counts."""
+    if "values" not in axis.spec:
+        return _log_axis(ends[0], ends[1], 10)
+    found = _log_axis(ends[0] / axis.size, ends[1] / axis.size, 10)
+    if "values" not in found:
+        return {"tickCount": 6}
+    return {"values": [tick * axis.size for tick in found["values"]], "tickCount": found["tickCount"]}
+
+
+FRONT_HEIGHT = 320
+_FRONT_WIDTH = 300  # pixels inside the axes on a phone, where the room for labels is smallest
+_LETTER, _LINE, _MARK = 7.2, 15, 7  # pixels: width and height of bold text, half a mark
+
+
+def labelled(means: Dataset, quantity: Quantity) -> Dataset:
+    """Where the label of each mark goes: above or below it, to a side, where it covers neither another label
+    nor a mark nor leaves the frame, and no interval if possible; "" where there is no such place.
+
+    What nobody beats is labelled first.
+    """
+    out: Dataset = {**means, **{column: [None] * len(means["x"]) for column in ("label", "left", "below")}}
+    for axis in dict.fromkeys(means["axis"]):
+        rows = [i for i, found in enumerate(means["axis"]) if found == axis]
+        low, high = map(math.log, _front_ends([means["x"][i] for i in rows]))
+        bottom, top = quantity.scale["domain"]
+        x = {i: _FRONT_WIDTH * (math.log(means["x"][i]) - low) / (high - low) for i in rows}
+        y = {i: FRONT_HEIGHT * (top - means["y"][i]) / (top - bottom) for i in rows}
+        taken = {i: _Box(x[i] - _MARK, x[i] + _MARK, y[i] - _MARK, y[i] + _MARK) for i in rows}
+        bars = {i: _Box(x[i], x[i], *_span(means, i, y[i], bottom, top)) for i in rows}
+        labels: list[_Box] = []
+        for i in sorted(rows, key=lambda i: not means["front"][i]):
+            others = [*labels, *(box for j, box in taken.items() if j != i)]
+            crossed = [bar for j, bar in bars.items() if j != i]
+            text, inwards = str(means["schedule"][i]), x[i] > _FRONT_WIDTH / 2
+            places = [(left, below) for left in (inwards, not inwards) for below in (False, True)]
+            boxes = {place: _label_box(x[i], y[i], len(text), *place) for place in places}
+            free = [place for place, box in boxes.items() if box.inside() and not any(map(box.meets, others))]
+            free.sort(key=lambda place: sum(map(boxes[place].meets, crossed)))
+            out["label"][i] = text if free else ""
+            out["left"][i], out["below"][i] = free[0] if free else places[0]
+            labels += [boxes[place] for place in free[:1]]
+    return out
+
+
+def _span(means: Dataset, i: int, y: float, bottom: float, top: float) -> tuple[float, float]:
+    """Upper and lower end of an interval in pixels; the mark where there is none."""
+    high, low = (means[end][i] for end in ("high", "low"))
+    if high is None:
+        return y, y
+    return FRONT_HEIGHT * (top - high) / (top - bottom), FRONT_HEIGHT * (top - low) / (top - bottom)
+
+
+@dataclass(frozen=True)
+class _Box:
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        apart = self.right < other.left or other.right < self.left
+        return not (apart or self.bottom < other.top or other.bottom < self.top)
+
+    def inside(self) -> bool:
+        return self.left >= 0 and self.right <= _FRONT_WIDTH and self.top >= 0 and self.bottom <= FRONT_HEIGHT
+
+
+def _label_box(x: float, y: float, letters: int, left: bool, below: bool) -> _Box:
+    near = x - 9 if left else x + 9
+    far = near + (-1 if left else 1) * letters * _LETTER
+    middle = y + (15 if below else -11)
+    return _Box(min(near, far), max(near, far), middle - _LINE / 2, middle + _LINE / 2)
 
 
 def loss(title: str, runs: Dataset, means: Dataset, share: float, measured: bool) -> Quantity:
@@ -233,9 +323,9 @@ def final_loss(runs: Dataset, means: Dataset) -> Quantity:
     """Around the points: an interval of two seeds may be far longer and is cut at the frame."""
     title = "final validation loss"
     values = [*finite(runs), *finite(means)]
-    span = max(values) - min(values) or 0.05 * abs(max(values)) or 1.0
+    span = max(max(values) - min(values), 0.002 * abs(max(values))) or 1.0
     low, high = min(values) - 0.25 * span, max(values) + 0.25 * span
-    scale: Spec = {"zero": False, "nice": True, "domain": [_rounded(low), _rounded(high)]}
+    scale: Spec = {"zero": False, "nice": False, "domain": [_rounded(low), _rounded(high)]}
     return Quantity(title, scale, {"format": _tick_format(high - low)})
 
 
@@ -245,6 +335,13 @@ def logarithmic(
     low, high = min(values) * 0.9, max(values) * 1.1
     scale: Spec = {"type": "log", "base": base, "nice": False, "domain": [_rounded(low), _rounded(high)]}
     return Quantity(title, scale, _log_axis(low, high, base), line)
+
+
+def from_zero(title: str, values: Sequence[float]) -> Quantity:
+    """Linear, up to what nearly all values stay below: a single burst must not flatten the rest."""
+    ordered = sorted(values)
+    high = 1.1 * ordered[int(0.99 * (len(ordered) - 1))]
+    return Quantity(title, {"nice": False, "domain": [0, _rounded(high)]}, {"labelExpr": _SI})
 
 
 def _log_axis(low: float, high: float, base: int) -> Spec:

@@ -6,13 +6,18 @@ The report has decided everything; here it is only put into words and files, all
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import json
+import math
 import os
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import polars as pl
 import vl_convert
 
@@ -21,10 +26,12 @@ from analysis import look, panels, typeset
 from analysis import numbers as text
 from analysis import settings as facts
 from analysis.curves import Dataset
+from analysis.look import Spec
 from analysis.report import Report
 from analysis.tables import plain, tables, to_json
 from pipeline.store import write_atomically
 
+AXIS_NAMES = {"tokens": "Tokens", "step": "Steps", "time": "Time", "flops": "FLOPs"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -41,11 +48,12 @@ def write(report: Report, folder: Path) -> list[Path]:
     }
     images = folder / "figures"
     images.mkdir(parents=True, exist_ok=True)
-    for stale in set(images.glob("*.png")) - {images / f"{figure.name}.png" for figure in report.figures}:
-        stale.unlink()
+    named = {figure.name for figure in report.figures}
+    for image in images.iterdir():
+        if image.suffix in (".png", ".svg", ".pdf") and image.stem not in named:
+            image.unlink()  # of an earlier report, which could fill it
     for figure in report.figures:
-        spec = charts.joined(figure, report.datasets, report.labels)
-        (images / f"{figure.name}.png").write_bytes(charts.png(spec))
+        _write_images(charts.joined(figure, report.datasets, report.labels), images / figure.name)
     for stale in set(folder.glob("tables/*.*")) - {folder / name for name in (*texts, *columns)}:
         stale.unlink()
     for name, content in texts.items():
@@ -62,12 +70,31 @@ def _write_parquet(table: pl.DataFrame, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def _write_images(spec: Spec, path: Path) -> None:
+    """`path` with each extension, unless they are there: drawing is most of a report's time.
+
+    The SVG ends with what the figure was made of and is written last, so that it vouches for the others.
+    """
+    made_of = json.dumps([plain(spec), version("vl-convert-python")], sort_keys=True)
+    mark = f"<!-- {hashlib.sha256(made_of.encode()).hexdigest()} -->\n".encode()
+    svg = path.with_suffix(".svg")
+    if svg.exists() and svg.read_bytes().endswith(mark):
+        return
+    for extension, content in charts.images(spec).items():
+        path.with_suffix(f".{extension}").write_bytes(content + (mark if extension == "svg" else b""))
+
+
 def render_html(report: Report) -> str:
     """The page with everything inside: styles, data and the chart library. It loads nothing."""
     font = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
     n = len(report.labels)
+    panels_in_all = [(figure, panel) for figure in report.figures for panel in figure.panels]
     page = {
-        "panels": {panel.name: panel.spec for figure in report.figures for panel in figure.panels},
+        "charts": {
+            chart: {p.axis: {"spec": p.spec, **vars(p.pointed)} for _, p in panels_in_all if p.chart == chart}
+            for figure in report.figures
+            for chart in figure.charts
+        },
         "datasets": {name: _encoded(data) for name, data in report.datasets.items()},
         "config": {s: look.config(s, n, font) for s in look.SCHEMES},
         "parameter": panels.HIDDEN,
@@ -80,6 +107,8 @@ def render_html(report: Report) -> str:
         library=_library(),
         colors={scheme: list(enumerate(look.colors(scheme, n))) for scheme in look.SCHEMES},
         dashes=look.dashes(n),
+        axes={p.axis: AXIS_NAMES[p.axis] for figure, p in panels_in_all if figure.follows_axis},
+        varied=facts.differences(report.sweep),
     )
 
 
@@ -91,14 +120,11 @@ def _library() -> str:
 
 
 def _encoded(data: Dataset) -> dict[str, Any]:
-    """Columns of text as a list of the different texts and a number for each row: a tenth of the size."""
+    """Columns that repeat their values as [value, how many times in a row]: a fraction of the size."""
     packed: dict[str, Any] = {}
     for column, values in data.items():
-        if values and isinstance(values[0], str):
-            texts = {text: code for code, text in enumerate(dict.fromkeys(values))}
-            packed[column] = {"texts": list(texts), "codes": [texts[value] for value in values]}
-        else:
-            packed[column] = values
+        stretches = [[value, len(list(same))] for value, same in itertools.groupby(values)]
+        packed[column] = {"stretches": stretches} if 3 * len(stretches) < len(values) else values
     return packed
 
 
@@ -112,6 +138,7 @@ def render(template: str, report: Report, **more: object) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {
+        "value": _value,
         "fixed": text.fixed,
         "count": text.count,
         "compact": text.compact,
@@ -130,6 +157,12 @@ def render(template: str, report: Report, **more: object) -> str:
     return environment.get_template(template).render(
         report=report, sweep=report.sweep, brief=facts.in_brief(report.sweep), **more
     )
+
+
+def _value(value: float | None) -> markupsafe.Markup:
+    """The attribute by which a cell of numbers is sorted, whatever it shows; empty where it has none."""
+    number = "" if value is None or math.isnan(value) else repr(float(value))
+    return markupsafe.Markup(' data-value="{}"').format(number)
 
 
 def _tied(words: str) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from analysis import numbers as text
 from analysis.load import Sweep
 from pipeline.config import Config
+from pipeline.identity import identity_fields
 
 Facts = list[tuple[str, str]]
 
@@ -22,6 +24,23 @@ def describe(sweep: Sweep) -> Facts:
     facts.append(("Dates", _dates(sweep)))
     facts.append(("Read from", f"runs/*/{sweep.source.files}"))
     return [(name, value) for name, value in facts if value]
+
+
+def differences(sweep: Sweep) -> dict[int, dict[str, str]]:
+    """By point: the settings that decide a result and are not the same in all runs of the sweep."""
+    trees = {run.point: dict(_flat(identity_fields(run.config))) for run in sweep.runs if run.config}
+    keys = dict.fromkeys(key for tree in trees.values() for key in tree)
+    varied = [key for key in keys if len({tree.get(key) for tree in trees.values()}) > 1]
+    return {point: {key: tree[key] for key in varied if key in tree} for point, tree in trees.items()}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """batch.size, 16"""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, "none" if value is None else str(value)
 
 
 def in_brief(sweep: Sweep) -> str:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import html
 import itertools
 import json
 import math
@@ -12,11 +14,12 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import altair
 import pytest
 
-from analysis import curves, figures, look, panels
+from analysis import curves, figures, look, panels, settings
 from analysis.__main__ import main
 from analysis.load import load_sweep
 from analysis.render import render, render_html
@@ -30,6 +33,7 @@ from tests.analysis.synthetic import (
     realistic_run,
     rerun,
     short_run,
+    train_row,
     write_sweep,
 )
 from tests.support import ROOT
@@ -48,7 +52,7 @@ def content(demo: Path) -> dict[str, Any]:
 
 def test_all_files_are_there_and_small(demo: Path) -> None:
     names = {path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()}
-    images = {"tradeoff", "validation_loss", "training_loss", "batch_size", "noise_scale"}
+    images = {"tradeoff", "validation_loss", "training_loss", "batch_size", "noise_scale", "throughput"}
     assert names == {
         *("report.html", "report.md", "report.json", "tables/lau_table.md"),
         *(
@@ -56,13 +60,41 @@ def test_all_files_are_there_and_small(demo: Path) -> None:
             for name in ("schedules", "runs", "equal", "targets", "lau_table")
             for kind in ("csv", "parquet", "tex")
         ),
-        *(f"figures/{name}.png" for name in images),
+        *(f"figures/{name}.{extension}" for name in images for extension in ("png", "svg", "pdf")),
     }
     assert (demo / "report.html").stat().st_size < 2e6
-    for image in (demo / "figures").iterdir():
+    for image in (demo / "figures").glob("*.png"):
         data = image.read_bytes()
         assert data.startswith(b"\x89PNG")
         assert int.from_bytes(data[16:20]) > 1000  # pixels wide: twice the size on the page
+
+
+def test_the_files_for_print_keep_text_as_text(demo: Path) -> None:
+    """The SVG names its fonts, the PDF embeds them."""
+    for name, word in (("tradeoff", "optimizer steps"), ("batch_size", "batch size (sequences)")):
+        tree = ElementTree.parse(demo / f"figures/{name}.svg")
+        texts = ["".join(element.itertext()) for element in tree.iter("{http://www.w3.org/2000/svg}text")]
+        assert word in texts and {"constant_16", "norm_test"} <= set(texts)
+        pdf = (demo / f"figures/{name}.pdf").read_bytes()
+        assert pdf.startswith(b"%PDF") and b"/FontFile" in pdf and b"/ToUnicode" in pdf
+
+
+def test_only_changed_figures_are_drawn_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+
+    def images(spec: look.Spec) -> dict[str, bytes]:
+        drawn.append(spec["title"])
+        return {"png": b"image", "pdf": b"document", "svg": b"<svg/>"}
+
+    monkeypatch.setattr(figures, "images", images)
+    write_sweep("s", pairs({"constant_16": [2.0], "norm_test": [2.1]}))
+    assert main(["s"]) == 0 and len(drawn) == 5 == len(set(drawn))
+    assert main(["s"]) == 0 and len(drawn) == 5
+    run = load_sweep("s").runs[0].id
+    record = home / "runs" / str(run) / "metrics.jsonl"
+    record.write_text(record.read_text().replace('"val/loss": 2.0', '"val/loss": 1.5'))
+    assert main(["s"]) == 0
+    assert drawn[5:] == ["The trade: loss against steps and time", "Validation loss"]
 
 
 def test_runs_csv_has_every_run_with_full_precision(demo: Path, content: dict[str, Any]) -> None:
@@ -203,7 +235,7 @@ def test_failed_and_refused_runs_are_listed_with_the_way_on(demo: Path, content:
 
 def test_figures_of_the_markdown_exist(demo: Path) -> None:
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (demo / "report.md").read_text())
-    assert len(links) == 5 and all((demo / link).exists() for link in links)
+    assert len(links) == 6 and all((demo / link).exists() for link in links)
 
 
 FIVE = [2.0, 2.1, 2.3, 2.9, 2.2]
@@ -273,7 +305,7 @@ def test_the_page_loads_nothing(page: Page) -> None:
     for tag, attributes in page.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "img"), (tag, attributes)
         assert not [name for name in loading if name in attributes], (tag, attributes)
-        assert (attributes.get("href") or "#").startswith("#"), (tag, attributes)
+        assert re.match(r"#|figures/\w+\.(png|svg|pdf)$", attributes.get("href") or "#"), (tag, attributes)
     assert page.styles and not re.search(r"url\(|@import", "".join(page.styles))
     policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None and "default-src 'none'" in policy and "http" not in policy
@@ -289,8 +321,8 @@ def test_the_page_is_accessible(page: Page) -> None:
     for _, attributes in page.tags:
         if reference := attributes.get("aria-labelledby"):
             assert reference in identifiers
-    charts = [attributes for _, attributes in page.tags if "data-panel" in attributes]
-    assert len(charts) == 9
+    charts = [attributes for _, attributes in page.tags if "data-chart" in attributes]
+    assert len(charts) == 7
     assert all(len(str(chart["aria-label"])) > 60 and chart["role"] == "img" for chart in charts)
     scrolling = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
     assert len(scrolling) == 5 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
@@ -322,12 +354,10 @@ def test_a_repeated_colour_has_another_dash() -> None:
 def test_figures_are_valid_and_one_schedule_looks_the_same_everywhere(home: Path) -> None:
     write_sweep("s", realistic())
     report = build(load_sweep("s"), [], 0.0)
-    whole = figures.joined(report.figures[-1], report.datasets, report.labels)
-    altair.HConcatChart.from_dict({**whole, "datasets": {}})
     domains = set()
     for figure in report.figures:
-        panel = figure.panels[0]  # the others differ in their axis
-        altair.LayerChart.from_dict({**panel.spec, "params": [panels.HIDDEN]})  # raises off the schema
+        whole = figures.joined(figure, report.datasets, report.labels)
+        altair.HConcatChart.from_dict({**whole, "datasets": {}})  # raises off the schema
         assert figure.alternative and figure.caption
         for panel in figure.panels:
             for layer in panel.spec["layer"]:
@@ -341,6 +371,7 @@ def test_figures_are_valid_and_one_schedule_looks_the_same_everywhere(home: Path
         "training_loss",
         "batch_size",
         "noise_scale",
+        "throughput",
     ]
 
 
@@ -369,7 +400,7 @@ def test_the_trade_has_ticks_all_along_its_steps(home: Path) -> None:
     ],
 )
 def test_time_is_shown_in_the_unit_that_suits(seconds: float, title: str, ticks: list[float]) -> None:
-    *_, time = panels.axes({"tokens": 1.0, "step": 1.0, "time": seconds})
+    time = panels.axes({"tokens": 1.0, "step": 1.0, "time": seconds})["time"]
     assert (time.title, time.spec["values"]) == (title, ticks)
 
 
@@ -416,12 +447,136 @@ def test_the_front_holds_what_no_other_schedule_beats(home: Path) -> None:
     )
     write_sweep("s", points)
     means = build(load_sweep("s"), [], 0.0).datasets["final_means"]
-    assert dict(zip(means["schedule"], means["front"], strict=True)) == {
+    found = zip(means["axis"], means["schedule"], means["front"], strict=True)
+    assert {schedule: front for axis, schedule, front in found if axis == "step"} == {
         "constant_64": True,
         "stages": False,
         "norm_test": True,
         "constant_16": True,
     }
+
+
+def test_what_is_fast_in_steps_may_be_slow_in_time(home: Path) -> None:
+    points = pairs(
+        {"constant_16": [2.0], "norm_test": [2.1]},
+        constant_16={"steps": 50, "seconds": 9.0},
+        norm_test={"steps": 25, "seconds": 12.0},
+    )
+    write_sweep("s", points)
+    report = build(load_sweep("s"), [], 0.0)
+    means = report.datasets["final_means"]
+    rows = list(zip(means["axis"], means["schedule"], means["x"], means["front"], strict=True))
+    assert rows == [
+        *(("step", "norm_test", 25, True), ("step", "constant_16", 50, True)),
+        *(("time", "constant_16", 9, True), ("time", "norm_test", 12, False)),
+    ]
+    assert [panel.chart for panel in report.figures[0].panels] == ["front_step", "front_time"]
+
+
+def test_labels_of_many_schedules_do_not_overlap() -> None:
+    """25 in a heap: those that fit are read as text boxes on a plot 300 pixels wide, as on a phone."""
+    names = [f"size={16 + 8 * i}" for i in range(25)]
+    heap: curves.Dataset = {
+        "schedule": names,
+        "axis": ["step"] * 25,
+        "x": [100 - 3 * i for i in range(25)],
+        "y": [2 + 0.01 * (i * 7 % 25) for i in range(25)],
+        **{column: [None] * 25 for column in ("low", "high")},
+        **{"seeds": [1] * 25, "front": [i % 5 == 0 for i in range(25)]},
+    }
+    quantity = panels.final_loss(heap, heap)
+    means = panels.labelled(heap, quantity)
+    axis = panels.axes({"tokens": 1.0, "step": 100.0, "time": 1.0})["step"]
+    spec = panels.front_panel(axis, means, quantity, names).spec
+    x, y = (spec["layer"][0]["encoding"][channel]["scale"]["domain"] for channel in ("x", "y"))
+    boxes = []
+    for i, label in enumerate(means["label"]):
+        across = 300 * math.log(means["x"][i] / x[0]) / math.log(x[1] / x[0])
+        down = 320 * (y[1] - means["y"][i]) / (y[1] - y[0]) + (15 if means["below"][i] else -11)
+        width = 6.7 * len(label)  # of bold Helvetica with 12 pixels
+        left = across - 9 - width if means["left"][i] else across + 9
+        boxes += [(left, left + width, down - 6, down + 6)] if label else []
+    assert 5 <= len(boxes) < 25
+    for (a, b, c, d), (e, f, g, h) in itertools.combinations(boxes, 2):
+        assert b < e or f < a or d < g or h < c
+    assert all(a >= 0 and b <= 300 and c >= 0 and d <= 320 for a, b, c, d in boxes)
+    assert "'legend': None" not in str(spec)  # a file explains the marks without a label
+
+
+def test_throughput_is_tokens_over_time_whatever_the_steps(home: Path) -> None:
+    """10,000 tokens/s, then 40,000: the second half of the tokens takes a fifth of the time."""
+    rows = [train_row(i, 4_000 * i, 3.0, 31, 0.4 * i) for i in range(1, 101)]
+    rows += [train_row(100 + i, 400_000 + 16_000 * i, 3.0, 125, 40 + 0.4 * i) for i in range(1, 26)]
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, rows)])
+    runs = build(load_sweep("s"), [], 0.0).datasets["throughput_runs"]
+    for seconds, rate in zip(runs["time"], runs["y"], strict=True):
+        if abs(seconds - 40) > 0.5:
+            assert rate == pytest.approx(10_000 if seconds < 40 else 40_000, rel=1e-3)
+    tokens = [t if t <= 40 else 40 + 4 * (t - 40) for t in runs["time"]]
+    assert runs["tokens"] == pytest.approx([10_000 * t for t in tokens], rel=1e-3)
+
+
+def test_a_resumed_run_has_no_infinite_throughput(home: Path) -> None:
+    """Rows without time between them, as after a clock that was restored."""
+    rows = [train_row(i, 4_000 * i, 3.0, 31, 0.4 * (i // 2 + 1)) for i in range(1, 101)]
+    write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, rows)])
+    runs = build(load_sweep("s"), [], 0.0).datasets["throughput_runs"]
+    assert max(runs["y"]) < 1.6 * 20_000 and min(runs["y"]) > 0
+
+
+def test_flops_are_those_of_the_model(home: Path) -> None:
+    """6 per parameter outside the embedding and 12·L·T·D for the scores of attention, per token."""
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    report = build(load_sweep("s"), [], 0.0)
+    config = report.runs[0].config
+    assert config is not None and not config.model.tied
+    m = config.model
+    multiplied = m.parameters - m.vocab * m.width  # an embedding is looked up
+    per_token = 6 * multiplied + 12 * m.layers * config.data.sequence_length * m.width
+    runs = report.datasets["training_runs"]
+    assert runs["flops"] == pytest.approx([per_token * tokens for tokens in runs["tokens"]], rel=1e-4)
+    assert report.figures[1].over == ("tokens", "step", "time")  # in a file they would repeat the tokens
+
+
+def test_runs_of_unlike_models_are_drawn_over_flops(home: Path) -> None:
+    points = [
+        Point({"model.layers": layers, "seed": "0"}, short_run(2.0), extra=["batch=constant_16"])
+        for layers in ("1", "2")
+    ]
+    write_sweep("s", points)
+    report = build(load_sweep("s"), [], 0.0)
+    validation = next(figure for figure in report.figures if figure.name == "validation_loss")
+    assert validation.over == ("tokens", "step", "time", "flops")
+
+
+def test_each_run_names_the_settings_in_which_it_differs(home: Path) -> None:
+    points = [
+        Point({"batch": batch, "seed": seed}, short_run(2.0), extra=["optim.lr=0.002"] if rate else [])
+        for batch, seed, rate in (("constant_16", "0", False), ("constant_64", "1", True))
+    ]
+    points.append(Point({"batch": "constant_6", "seed": "0"}, problem="batch.size=6: too small"))
+    write_sweep("s", points)
+    sweep = load_sweep("s")
+    found = settings.differences(sweep)
+    lr = sweep.runs[0].config.optim.lr if sweep.runs[0].config else None
+    assert found[0] == {"seed": "0", "batch.size": "16", "optim.lr": str(lr)} | {
+        key: value for key, value in found[0].items() if key == "data.seed"
+    }
+    assert found[1]["batch.size"] == "64" and found[1]["optim.lr"] == "0.002" and found[1]["seed"] == "1"
+    assert 2 not in found
+    page = render_html(build(sweep, [], 0.0))
+    assert '<span class="unit">batch.size</span> 64' in page and "batch.size=6: too small" in page
+
+
+def test_a_run_links_to_wandb_where_its_address_is_known(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0], "norm_test": [2.1]}))
+    sweep = load_sweep("s")
+    url = "https://wandb.ai/lab/crescendo/runs/a1?x=1&y=2"
+    runs = [dataclasses.replace(sweep.runs[0], url=url), *sweep.runs[1:]]
+    page = render_html(build(dataclasses.replace(sweep, runs=runs), [], 0.0))
+    link = f'<a href="{html.escape(url)}" rel="noreferrer">{runs[0].id}</a>'
+    assert page.count(link) == 1 and page.count("wandb.ai") == 1
+    assert "The names lead to the runs in wandb." in page
 
 
 def test_the_cut_last_step_is_not_drawn_as_a_batch(home: Path) -> None:
@@ -446,7 +601,8 @@ def test_a_diverged_run_is_a_gap_in_its_curve(home: Path) -> None:
 @pytest.fixture
 def no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing them takes a second each, and the demo's are drawn."""
-    monkeypatch.setattr(figures, "png", lambda spec: b"image")
+    kinds = dict.fromkeys(("png", "pdf", "svg"), b"image")
+    monkeypatch.setattr(figures, "images", lambda spec: kinds)
 
 
 # --- command ---------------------------------------------------------------------------------------------
@@ -573,7 +729,7 @@ def test_json_is_the_report_and_its_paths(home: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("no_images")
-@pytest.mark.parametrize("name", ["figures/noise_scale.png", "tables/equal.parquet"])
+@pytest.mark.parametrize("name", ["figures/noise_scale.png", "figures/noise_scale.pdf", "tables/equal.parquet"])
 def test_a_figure_or_table_that_no_longer_exists_is_removed(home: Path, name: str) -> None:
     write_sweep("s", pairs({"constant_16": [2.0]}))
     stale = home / "reports/s" / name
@@ -581,6 +737,16 @@ def test_a_figure_or_table_that_no_longer_exists_is_removed(home: Path, name: st
     stale.write_bytes(b"old")
     assert main(["s"]) == 0
     assert not stale.exists()
+
+
+@pytest.mark.usefixtures("no_images")
+def test_what_somebody_puts_beside_the_figures_is_left_alone(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    notes = home / "reports/s/figures/notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_bytes(b"mine")
+    assert main(["s"]) == 0
+    assert notes.read_bytes() == b"mine"
 
 
 def test_labels_can_break_neither_the_table_nor_the_page(home: Path) -> None:
@@ -591,7 +757,7 @@ def test_labels_can_break_neither_the_table_nor_the_page(home: Path) -> None:
     assert report.labels == ["constant_16", "a|b</script><i>"]
     assert cells(render("report.md.j2", report), "Schedules")[1]["schedule"] == r"a\|b&lt;/script>&lt;i>"
     page = render_html(report)
-    assert page.count("</script>") == 3 and "<i>" not in page
+    assert page.count("</script>") == 4 and "<i>" not in page
 
 
 def test_the_analysis_needs_no_torch() -> None:
