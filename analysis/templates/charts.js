@@ -57,14 +57,14 @@
   }
 
   async function draw(chart, scheme) {
-    const {spec} = panelOf(chart);
     const {element} = chart;
-    const names = new Set(spec.layer.map(layer => layer.data.name));
-    const title = spec.layer[0].encoding.x.title;
-    element.setAttribute("aria-label", `${element.dataset.title} over ${title}. ${element.dataset.words}`);
     if (chart.drawn) chart.drawn.finalize();
     chart.drawn = null;
     try {
+      const {spec} = panelOf(chart);
+      const names = new Set(spec.layer.map(layer => layer.data.name));
+      const title = spec.layer[0].encoding.x.title;
+      element.setAttribute("aria-label", `${element.dataset.title} over ${title}. ${element.dataset.words}`);
       chart.drawn = await vegaEmbed(element, {
         ...spec,
         datasets: Object.fromEntries([...names].map(name => [name, rows(name)])),
@@ -89,6 +89,7 @@
         await draw(chart, scheme);
         await new Promise(resolve => setTimeout(resolve));  // the page answers in between
       }
+      document.body.dataset.drawn = Math.round(performance.now());  // milliseconds since the page was asked for
       document.body.dataset.charts = scheme;
     });
   }

@@ -201,3 +201,27 @@ def realistic(seeds: int = 2) -> list[Point]:
         for name, (batch, measured) in SCHEDULES.items()
         for seed in range(seeds)
     ]
+
+
+def long_runs(schedules: int, seeds: int, rows: int) -> list[Point]:
+    """Runs of `rows` training steps each, with an evaluation every hundredth of them. For the common overrides
+    experiment=demo batch=constant."""
+    return [
+        Point({"optim.lr": f"0.0{rate:02d}", "seed": str(seed)}, long_run(rate, seed, rows))
+        for rate in range(1, schedules + 1)
+        for seed in range(seeds)
+    ]
+
+
+def long_run(rate: int, seed: int, rows: int) -> list[Row]:
+    noise, level = random.Random(100 * rate + seed), 2 + 0.004 * rate
+    found: list[Row] = []
+    for step in range(1, rows + 1):
+        share = step / rows
+        loss = level + 3 * math.exp(-5 * share)
+        more = {"stat/noise_scale": 20 * math.exp(2 * share + noise.gauss(0, 0.4))}
+        seconds = step * (0.1 + 0.001 * rate) + noise.random() / 100
+        found.append(train_row(step, 2_048 * step, loss + noise.gauss(0, 0.05), 16, seconds, **more))
+        if step % (rows // 100) == 0:
+            found.append(val_row(step, 2_048 * step, loss + noise.gauss(0, 0.01), seconds))
+    return found
