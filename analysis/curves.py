@@ -19,8 +19,8 @@ Dataset = dict[str, list[Any]]  # column -> values, all of one length
 
 # Of one figure's lines: so many points each, and so many together, which keeps the page small when there are
 # many lines, but never too few to show a shape.
-POINTS_PER_MEAN, POINTS_OF_MEANS = 200, 5_000
-POINTS_PER_LINE, POINTS_OF_LINES = 400, 6_000
+POINTS_PER_MEAN, POINTS_OF_MEANS = 200, 4_000
+POINTS_PER_LINE, POINTS_OF_LINES = 400, 5_000
 FEWEST_POINTS = 50
 SMOOTHING = 0.02  # width of the training loss's window, as a share of the axis
 MEDIAN_SHARE = 0.05  # width of the noise scale's window, as a share of its measurements

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -11,6 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import polars as pl
+
+from analysis.load import RECORD, Sweep, load_sweep
 from pipeline.config import Config
 from pipeline.store import MetricsWriter, Row, RunDirectory, State, Status, home
 from tests.support import config
@@ -203,25 +208,45 @@ def realistic(seeds: int = 2) -> list[Point]:
     ]
 
 
-def long_runs(schedules: int, seeds: int, rows: int) -> list[Point]:
-    """Runs of `rows` training steps each, with an evaluation every hundredth of them. For the common overrides
-    experiment=demo batch=constant."""
-    return [
-        Point({"optim.lr": f"0.0{rate:02d}", "seed": str(seed)}, long_run(rate, seed, rows))
-        for rate in range(1, schedules + 1)
-        for seed in range(seeds)
-    ]
+def many_long_runs(schedules: int, seeds: int, rows: int) -> Sweep:
+    """A sweep of learning rates with `rows` training steps in each run and an evaluation every hundredth of
+    them. Only its first run is on disk: a million rows would take a minute to write."""
+    write_sweep(
+        "many", [Point({"optim.lr": "0.001", "seed": "0"}, short_run(2.0), extra=["batch=constant_16"])]
+    )
+    sweep = load_sweep("many")
+    (first,) = sweep.runs
+    assert first.config is not None
+    runs, tables = [], []
+    for point in range(schedules * seeds):
+        rate, seed = 0.001 * (1 + point // seeds), point % seeds
+        config = dataclasses.replace(
+            first.config, seed=seed, optim=dataclasses.replace(first.config.optim, lr=rate)
+        )
+        axes = {"optim.lr": f"{rate:.3f}", "seed": str(seed)}
+        runs.append(dataclasses.replace(first, point=point, id=f"run{point}", axes=axes, config=config))
+        tables.append(_long_record(point, point // seeds, rows))
+    return dataclasses.replace(sweep, axes=["optim.lr", "seed"], runs=runs, record=pl.concat(tables))
 
 
-def long_run(rate: int, seed: int, rows: int) -> list[Row]:
-    noise, level = random.Random(100 * rate + seed), 2 + 0.004 * rate
-    found: list[Row] = []
-    for step in range(1, rows + 1):
-        share = step / rows
-        loss = level + 3 * math.exp(-5 * share)
-        more = {"stat/noise_scale": 20 * math.exp(2 * share + noise.gauss(0, 0.4))}
-        seconds = step * (0.1 + 0.001 * rate) + noise.random() / 100
-        found.append(train_row(step, 2_048 * step, loss + noise.gauss(0, 0.05), 16, seconds, **more))
-        if step % (rows // 100) == 0:
-            found.append(val_row(step, 2_048 * step, loss + noise.gauss(0, 0.01), seconds))
-    return found
+def _long_record(point: int, schedule: int, rows: int) -> pl.DataFrame:
+    noise = np.random.default_rng(point)
+    step = np.arange(1.0, rows + 1)
+    loss = 2 + 0.004 * schedule + 3 * np.exp(-5 * step / rows)
+    training = {
+        "step": step,
+        "tokens": 2_048 * step,
+        "sequences": 16 * step,
+        "time": np.cumsum(0.1 + 0.001 * schedule + 0.01 * noise.random(rows)),
+        "train/loss": loss + noise.normal(0, 0.05, rows),
+        "batch/size": np.full(rows, 16.0),
+        "batch/requested": np.full(rows, 16.0),
+        "stat/noise_scale": 20 * np.exp(2 * step / rows + noise.normal(0, 0.4, rows)),
+    }
+    evaluated = {
+        key: training[key][rows // 100 - 1 :: rows // 100] for key in ("step", "tokens", "sequences", "time")
+    }
+    evaluated["val/loss"] = loss[rows // 100 - 1 :: rows // 100] + noise.normal(0, 0.01, 100)
+    parts = [pl.DataFrame(columns) for columns in (training, evaluated)]
+    both = pl.concat(parts, how="diagonal").sort("step", maintain_order=True)
+    return pl.concat([pl.DataFrame(schema=RECORD), both], how="diagonal").with_columns(point=pl.lit(point))
