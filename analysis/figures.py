@@ -47,9 +47,6 @@ class Figure:
         return len(self.panels) > len(self.charts)
 
 
-_MEANS = "Bold: mean over seeds; faint: seeds"
-
-
 @dataclass(frozen=True)
 class _Curves:
     """What is drawn over tokens, steps, time and FLOPs, and how."""
@@ -106,6 +103,13 @@ class Drawing:
     def labels(self) -> list[str]:
         return [schedule.label for schedule in self.schedules]
 
+    @property
+    def lines(self) -> str:
+        """What a line is, in words."""
+        if any(schedule.finished for schedule in self.schedules):
+            return "Bold: mean over seeds; faint: seeds"
+        return "Each line is a run, none of which has finished"
+
     def values(self, name: str) -> list[float]:
         return panels.finite(self.data[f"{name}_runs"])
 
@@ -130,12 +134,14 @@ def _tradeoff(drawing: Drawing) -> Figure | None:
         return None
     quantity = panels.final_loss(runs, means)
     shown = tuple(axis for axis in curves.COSTS if axis in means["axis"])
+    absent = [s.label for s in drawing.schedules if s.finished and s.label not in means["schedule"]]
     return Figure(
         "tradeoff",
         "The trade: loss against steps and time",
         "Lower is a better model; further left is fewer optimizer steps, or less training time, for the same "
         "tokens. Large marks: mean over seeds, with the 95% interval as a bar, cut at the frame; small "
-        "marks: seeds. The dashed line joins the schedules that no other beats in both.",
+        "marks: seeds. The dashed line joins the schedules that no other beats in both."
+        + (f" Without a final loss, so not drawn: {', '.join(absent)}." if absent else ""),
         f"Final validation loss, optimizer steps and training time. {_ends(drawing.schedules)}",
         [panels.front_panel(drawing.axes[axis], means, quantity, drawing.labels) for axis in shown],
         shown,
@@ -152,7 +158,7 @@ def _validation(drawing: Drawing) -> Figure | None:
     return Figure(
         "validation_loss",
         "Validation loss",
-        f"{_MEANS}{points}. Logarithmic; early evaluations may lie above the frame.",
+        f"{drawing.lines}{points}. Logarithmic; early evaluations may lie above the frame.",
         f"Validation loss. {_ends(drawing.schedules)}",
         drawing.curves("validation", quantity),
         drawing.compared,
@@ -167,7 +173,7 @@ def _training(drawing: Drawing) -> Figure | None:
     return Figure(
         "training_loss",
         "Training loss",
-        f"{_MEANS}, as recorded. The means are averaged over windows of {SMOOTHING:.0%} of the axis. "
+        f"{drawing.lines}, as recorded. The means are averaged over windows of {SMOOTHING:.0%} of the axis. "
         "Logarithmic; the first steps lie above the frame.",
         f"Training loss. {_ends(drawing.schedules, 'train_loss')}",
         drawing.curves("training", quantity),
@@ -188,7 +194,8 @@ def _batch(drawing: Drawing) -> Figure | None:
     return Figure(
         "batch_size",
         "Batch size",
-        f"Sequences per optimizer step. {_MEANS}. The last step, cut to end on the budget, is not drawn.",
+        f"Sequences per optimizer step. {drawing.lines}. The last step, cut to end on the budget, is not "
+        "drawn.",
         f"Batch size in sequences. {final}",
         drawing.curves("batch", quantity),
         ("tokens",),
@@ -204,7 +211,7 @@ def _noise(drawing: Drawing) -> Figure | None:
         "noise_scale",
         "Gradient noise scale",
         f"The batch, in sequences, at which noise and signal of the gradient are equal: running median over "
-        f"{MEDIAN_SHARE:.0%} of the measurements, since a single one is often meaningless. {_MEANS}.",
+        f"{MEDIAN_SHARE:.0%} of the measurements, since a single one is often meaningless. {drawing.lines}.",
         f"Noise scale, from {text.compact(min(scales))} to {text.compact(max(scales))} sequences",
         drawing.curves("noise", quantity),
         ("tokens",),
@@ -224,7 +231,7 @@ def _throughput(drawing: Drawing) -> Figure | None:
         "throughput",
         "Throughput",
         f"Tokens per second of training, without evaluation, over windows of {RATE_WINDOW:.0%} of a run's "
-        f"time. {_MEANS}.",
+        f"time. {drawing.lines}.",
         f"Tokens per second of training. {means}",
         drawing.curves("throughput", panels.from_zero("tokens per second", rates)),
         ("tokens",),

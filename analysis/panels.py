@@ -333,6 +333,8 @@ def logarithmic(
     title: str, values: Sequence[float], base: int, line: Literal["linear", "step-before"]
 ) -> Quantity:
     low, high = min(values) * 0.9, max(values) * 1.1
+    if base == 2 and high < 2 * low:  # of a single size: ticks at its half and its double
+        low, high = low / 2, high * 2
     scale: Spec = {"type": "log", "base": base, "nice": False, "domain": [_rounded(low), _rounded(high)]}
     return Quantity(title, scale, _log_axis(low, high, base), line)
 
@@ -359,7 +361,7 @@ def finite(data: Dataset) -> list[float]:
 
 
 def _tick_format(span: float) -> str:
-    return ".1f" if span > 0.5 else ".2f" if span > 0.05 else ".3f"
+    return ".1f" if span > 0.5 else ".2f" if span > 0.05 else ".3f" if span > 0.01 else ".4f"
 
 
 def _rounded(value: float) -> float:

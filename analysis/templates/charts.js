@@ -147,7 +147,7 @@
     return Array.from({length: Math.floor(high / step) - first + 1}, (_, i) => Number(((first + i) * step).toPrecision(12)));
   }
 
-  const decimals = span => span > 0.5 ? 1 : span > 0.05 ? 2 : span > 0.005 ? 3 : 4;
+  const decimals = span => span > 0.5 ? 1 : span > 0.05 ? 2 : span > 0.01 ? 3 : 4;
 
   // By a factor about its middle, and by a share of itself to the side, inside the whole.
   function stepped(chart, factor, shift) {

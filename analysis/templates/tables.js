@@ -43,7 +43,10 @@
       button.title = "Sort by this column";
       mark.className = "order";
       mark.ariaHidden = "true";
-      button.append(...head.childNodes, mark);
+      button.append(...head.childNodes);
+      // On the side where there is room: outside the table there is none.
+      if (getComputedStyle(head).textAlign === "right") button.prepend(mark);
+      else button.append(mark);
       head.append(button);
       button.addEventListener("click", () => {
         const next = {ascending: "descending", descending: null}[head.getAttribute("aria-sort")];

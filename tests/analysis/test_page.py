@@ -308,6 +308,10 @@ def test_tables_sort_by_value_with_what_is_missing_last(page: Browser, demo: Pat
     press(page, " ")
     assert page.evaluate(COLUMN.format(0)) == original
     assert page.evaluate(f"{head}.every(e => !e.hasAttribute('aria-sort'))")
+    wide = "document.querySelector('.scroll').scrollWidth"
+    width = page.evaluate(wide)
+    page.evaluate(f"{head}[{len(names) - 1}].querySelector('button').click()")
+    assert page.evaluate(wide) == width  # the arrow finds its place
     page.evaluate(f"{head}[0].querySelector('button').click()")
     names = ["constant_6", "constant_16", "constant_64", "norm_test", "stages"]
     assert page.evaluate(COLUMN.format(0)) == names  # 6 before 16

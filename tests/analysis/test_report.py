@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import html
+import io
 import itertools
 import json
 import math
@@ -17,7 +18,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 import altair
+import numpy as np
 import pytest
+import vl_convert
+from PIL import Image
 
 from analysis import curves, figures, look, panels, settings
 from analysis.__main__ import main
@@ -375,6 +379,22 @@ def test_figures_are_valid_and_one_schedule_looks_the_same_everywhere(home: Path
     ]
 
 
+def test_lines_cut_together_make_the_same_picture(home: Path) -> None:
+    """Vega's own SVG, in which each line has its own frame, drawn by the same library."""
+    write_sweep("s", realistic(1))
+    report = build(load_sweep("s"), [], 0.0)
+    training = next(figure for figure in report.figures if figure.name == "training_loss")
+    spec = figures.joined(training, report.datasets, report.labels)
+    apart = vl_convert.vegalite_to_svg(spec, vl_version=figures.VEGA_LITE)
+    together = figures.images(spec)["svg"].decode()
+    assert together.count('clip-path="') < apart.count('clip-path="')
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(vl_convert.svg_to_png(svg)))).astype(int)
+        for svg in (apart, together)
+    ]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 4  # of 255: rounding where lines cross
+
+
 def test_a_figure_is_described_by_its_own_quantity(home: Path) -> None:
     write_sweep("s", pairs({"constant_16": [2.0]}, constant_16={"train_loss": 3.25}))
     words = {figure.name: figure.alternative for figure in build(load_sweep("s"), [], 0.0).figures}
@@ -595,6 +615,11 @@ def test_a_diverged_run_is_a_gap_in_its_curve(home: Path) -> None:
     report = build(load_sweep("s"), [], 0.0)
     means = report.datasets["training_means"]
     assert means["y"][10] is not None and means["y"][190] is None
+    trade = build(load_sweep("s"), [], 0.0).figures[0]
+    assert trade.name != "tradeoff"  # nothing to draw
+    write_sweep("t", pairs({"constant_16": [math.nan], "norm_test": [2.0]}))
+    caption = build(load_sweep("t"), [], 0.0).figures[0].caption
+    assert caption.endswith("Without a final loss, so not drawn: constant_16.")
     assert json.dumps(to_json(report), allow_nan=False).count('"NaN"') >= 2
 
 
