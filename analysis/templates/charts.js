@@ -274,9 +274,7 @@
     element.addEventListener("dblclick", () => setRange(chart, null));
     element.parentElement.addEventListener("keydown", event => {
       const zoom = zooms[keys[event.key]];
-      if (!zoom || event.ctrlKey || event.metaKey || event.altKey) return;
-      event.preventDefault();
-      zoom(chart);
+      if (zoom && !event.ctrlKey && !event.metaKey && !event.altKey) zoom(chart);
     });
   }
 

@@ -318,6 +318,17 @@ def test_tables_sort_by_value_with_what_is_missing_last(page: Browser, demo: Pat
     assert page.problems() == []
 
 
+def test_differences_sort_with_their_sign_and_size(page: Browser, home: Path) -> None:
+    """As texts 0.0625 would come after 0.5."""
+    losses = {"constant_16": [2.0], "constant_64": [2.5], "stages": [2.0625], "norm_test": [1.95]}
+    write_sweep("s", pairs(losses))
+    path = home / "report.html"
+    path.write_text(render_html(build(load_sweep("s"), [], 0.0)))
+    opened(page, path)
+    page.evaluate("document.querySelectorAll('[aria-labelledby=schedules] thead button')[2].click()")
+    assert page.evaluate(COLUMN.format(0)) == ["norm_test", "stages", "constant_64", "constant_16"]
+
+
 def test_every_number_of_a_table_has_a_value_to_sort_by(page: Browser, demo: Path) -> None:
     """A cell that looks like a number but sorts as text would break its column."""
     opened(page, demo / "report.html")

@@ -523,6 +523,21 @@ def test_labels_of_many_schedules_do_not_overlap() -> None:
     assert "'legend': None" not in str(spec)  # a file explains the marks without a label
 
 
+def test_a_label_keeps_off_the_interval_of_another_where_it_can() -> None:
+    """Right of `second` stands the interval of `third`, which reaches far above its mark."""
+    means: curves.Dataset = {
+        "schedule": ["first", "second", "third", "last"],
+        "axis": ["step"] * 4,
+        "x": [10, 30, 36, 200],
+        "y": [2.0, 2.05, 2.2, 2.1],
+        "low": [None, None, 2.0, None],
+        "high": [None, None, 2.4, None],
+        "front": [True] * 4,
+    }
+    found = panels.labelled(means, panels.final_loss(means, means))
+    assert found["label"] == means["schedule"] and found["left"] == [False, True, False, True]
+
+
 def test_throughput_is_tokens_over_time_whatever_the_steps(home: Path) -> None:
     """10,000 tokens/s, then 40,000: the second half of the tokens takes a fifth of the time."""
     rows = [train_row(i, 4_000 * i, 3.0, 31, 0.4 * i) for i in range(1, 101)]
