@@ -239,6 +239,7 @@
     tip.hidden = spot.hidden = true;
   }
 
+  document.addEventListener("pointerdown", leave, {capture: true});
   for (const chart of charts) {
     const {element} = chart;
     let start = null;
@@ -270,7 +271,9 @@
       brush.hidden = true;
     });
     element.addEventListener("pointercancel", () => { start = null; brush.hidden = true; leave(); });
-    element.addEventListener("pointerleave", leave);
+    element.addEventListener("pointerleave", event => {
+      if (event.pointerType !== "touch") leave();  // a finger leaves at once: what it tapped stays until the next tap
+    });
     element.addEventListener("dblclick", () => setRange(chart, null));
     element.parentElement.addEventListener("keydown", event => {
       const zoom = zooms[keys[event.key]];

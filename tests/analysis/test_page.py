@@ -245,6 +245,35 @@ def test_the_wheel_scrolls_the_page(page: Browser, demo: Path) -> None:
     assert page.evaluate("document.querySelector('[data-zoom=whole]').ariaDisabled") == "true"
 
 
+def swipe(page: Browser, start: tuple[int, int], end: tuple[int, int]) -> None:
+    for step in range(11):
+        x, y = (a + (b - a) * step / 10 for a, b in zip(start, end, strict=True))
+        kind = "touchMove" if step else "touchStart"
+        page.call("Input.dispatchTouchEvent", type=kind, touchPoints=[{"x": x, "y": y}])
+    page.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+
+
+def test_a_finger_scrolls_down_and_zooms_sideways(page: Browser, demo: Path) -> None:
+    page.emulate(390, 844, "light", phone=True)
+    page.call("Emulation.setTouchEmulationEnabled", enabled=True)
+    try:
+        page.open(demo / "report.html")
+        page.wait(DRAWN.format("light"))
+        left, top, right, bottom = map(int, plot(page, "validation"))
+        before, middle = page.evaluate("scrollY"), (top + bottom) // 2
+        swipe(page, (left + 100, middle + 80), (left + 100, middle - 80))
+        page.wait(f"scrollY > {before} + 60")
+        assert page.evaluate("document.querySelector('[data-zoom=whole]').ariaDisabled") == "true"
+        left, top, right, bottom = map(int, plot(page, "validation"))
+        before = page.evaluate("scrollY")
+        swipe(page, (left + 60, middle), (right - 40, middle))
+        page.wait("document.querySelector('[data-zoom=whole]').ariaDisabled === 'false'")
+        assert abs(page.evaluate("scrollY") - before) < 40  # what is left of the first swipe
+    finally:
+        page.call("Emulation.setTouchEmulationEnabled", enabled=False)
+    assert page.problems() == []
+
+
 def test_everything_is_done_with_keys(page: Browser, demo: Path) -> None:
     opened(page, demo / "report.html")
     page.evaluate("document.querySelector('#figures').scrollIntoView()")
