@@ -9,11 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from analysis.load import load_sweep
+from analysis.projection import GPU_COUNTS
 from analysis.render import write
 from analysis.report import Report, build
 from analysis.sources import SOURCES
+from analysis.synchronisation import Network
 from analysis.tables import to_json
 from pipeline.config import ConfigError
 from pipeline.store import home, python
@@ -37,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
     sweep = load_sweep(options.sweep, options.source)
-    report = build(sweep, options.baseline, time.time(), options.target)
+    gpu_counts = _numbers("--gpus", options.gpus, int) if options.gpus else GPU_COUNTS
+    network = Network(*_numbers("--network", options.network, float, 2)) if options.network else None
+    report = build(sweep, options.baseline, time.time(), options.target, gpu_counts, network)
     folder = home() / "reports" / report.sweep.name
     if options.source != "record":
         folder /= options.source  # beside the report of the record, which knows more
@@ -79,6 +84,17 @@ def _parser() -> argparse.ArgumentParser:
         "reach it (default: the highest final one of the baseline's runs)",
     )
     parser.add_argument(
+        "--gpus",
+        metavar="N,N",
+        help=f"numbers of GPUs to project to (default: {','.join(map(str, GPU_COUNTS))})",
+    )
+    parser.add_argument(
+        "--network",
+        metavar="GB_PER_S,MICROSECONDS",
+        help="bandwidth of each GPU and time of an empty message, for the projection (default: as the runs "
+        f"measured it at several widths, else {Network().bandwidth_gb_per_s:g},{Network().latency_us:g})",
+    )
+    parser.add_argument(
         "--publish",
         nargs="?",
         const="",
@@ -87,6 +103,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print report.json and the paths instead of text")
     return parser
+
+
+T = TypeVar("T", int, float)
+
+
+def _numbers(option: str, text: str, kind: type[T], count: int | None = None) -> list[T]:
+    """Of a list such as 8,64. Raises ConfigError when it is none."""
+    try:
+        found = [kind(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or count not in (None, len(found)):
+        what = "numbers" if count is None else f"{count} numbers"
+        raise ConfigError(f"{option} {text}: must be {what} with commas between them, such as 8,64")
+    return found
 
 
 def _published(report: Report, folder: Path, place: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -12,6 +12,7 @@ import polars as pl
 from analysis import align
 from analysis.align import Array
 from analysis.load import Run, Sweep
+from analysis.projection import Projection
 from analysis.summary import Schedule, is_cut
 from pipeline.throughput import flops_per_token
 
@@ -197,6 +198,17 @@ def final_means(schedules: Sequence[Schedule]) -> Dataset:
             row = (schedule.label, axis, x, loss.mean, loss.low, loss.high, loss.n, not beaten)
             for column, value in zip(out.values(), row, strict=True):
                 column.append(value)
+    return out
+
+
+def projected(projection: Projection, number: Literal["seconds", "gpu_hours"]) -> Dataset:
+    """A number that is forecast of each schedule, by the number of GPUs."""
+    out: Dataset = {key: [] for key in ("schedule", "gpus", "y")}
+    for outlook in projection.outlooks:
+        for forecast in outlook.line:
+            out["schedule"].append(outlook.schedule)
+            out["gpus"].append(forecast.gpus)
+            out["y"] += _short([getattr(forecast, number)])
     return out
 
 

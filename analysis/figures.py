@@ -21,6 +21,7 @@ from analysis.curves import MEDIAN_SHARE, RATE_WINDOW, SMOOTHING, Curve, Dataset
 from analysis.load import Sweep
 from analysis.look import Spec
 from analysis.panels import Axis, Panel, Quantity
+from analysis.projection import Projection
 from analysis.statistics import Estimate
 from analysis.summary import Schedule
 
@@ -65,7 +66,9 @@ _CURVES = {
 }
 
 
-def build(sweep: Sweep, schedules: Sequence[Schedule]) -> tuple[list[Figure], dict[str, Dataset]]:
+def build(
+    sweep: Sweep, schedules: Sequence[Schedule], projection: Projection
+) -> tuple[list[Figure], dict[str, Dataset]]:
     """The figures that this sweep's records can fill, and the data they name."""
     datasets: dict[str, Dataset] = {}
     traces = curves.traces(sweep, schedules)
@@ -83,9 +86,11 @@ def build(sweep: Sweep, schedules: Sequence[Schedule]) -> tuple[list[Figure], di
     if means["y"]:
         means = panels.labelled(means, panels.final_loss(datasets["final_runs"], means))
     datasets["final_means"] = means
+    datasets["projected_time"] = curves.projected(projection, "seconds")
+    datasets["projected_gpu_hours"] = curves.projected(projection, "gpu_hours")
 
     drawing = Drawing(datasets, schedules, panels.axes(ends))
-    makers = (_tradeoff, _validation, _training, _batch, _noise, _throughput)
+    makers = (_tradeoff, _validation, _training, _batch, _noise, _throughput, _projected)
     figures = [figure for make in makers if (figure := make(drawing))]
     used = {name for figure in figures for panel in figure.panels for name in panel.names}
     return figures, {name: data for name, data in datasets.items() if name in used}
@@ -235,6 +240,36 @@ def _throughput(drawing: Drawing) -> Figure | None:
         f"Tokens per second of training. {means}",
         drawing.curves("throughput", panels.from_zero("tokens per second", rates)),
         ("tokens",),
+    )
+
+
+def _projected(drawing: Drawing) -> Figure | None:
+    times, hours = drawing.data["projected_time"], drawing.data["projected_gpu_hours"]
+    if not times["y"]:
+        return None
+    most = max(times["gpus"])
+    rows = zip(times["schedule"], times["gpus"], times["y"], strict=True)
+    in_time, in_gpu_hours = panels.time(times["y"]), panels.logarithmic("GPU-hours", hours["y"], 10, "linear")
+    ends = "; ".join(f"{label}: {text.duration(s)} on {gpus:,}" for label, gpus, s in rows if gpus == most)
+    return Figure(
+        "projection",
+        "Projection to other numbers of GPUs",
+        "Training time and GPU-hours of the logged batches, predicted from the measured time of a "
+        "micro-batch and of the rest of a step. Where a line of time is flat, more GPUs have nothing to do.",
+        f"Predicted training time by number of GPUs. {ends}",
+        [
+            panels.gpus_panel(
+                "projected_time", times, panels.time(times["y"]), "training time (s)", drawing.labels
+            ),
+            panels.gpus_panel(
+                "projected_gpu_hours",
+                hours,
+                panels.logarithmic("GPU-hours", hours["y"], 10, "linear"),
+                "GPU-hours",
+                drawing.labels,
+            ),
+        ],
+        ("gpus",),
     )
 
 

@@ -55,19 +55,23 @@ _POWER = "datum.value == 0 ? '0' : replace(format(datum.value, '.3~e'), 'e+', 'e
 
 
 def axes(ends: dict[str, float]) -> dict[str, Axis]:
-    """Those of `ends`; time in the unit that suits the longest run."""
-    seconds = ends["time"]
+    """Those of `ends`."""
+    found = (
+        Axis("tokens", "tokens", "tokens", ends["tokens"], {"labelExpr": _SI}),
+        Axis("step", "optimizer steps", "optimizer steps", ends["step"], {"labelExpr": _SI}),
+        _time_axis(ends["time"]),
+        Axis("flops", "model FLOPs", "model FLOPs", ends.get("flops", 0.0), {"labelExpr": _POWER}),
+    )
+    return {axis.field: axis for axis in found if axis.field in ends}
+
+
+def _time_axis(seconds: float) -> Axis:
+    """In the unit that suits the longest time."""
     unit, size = ("s", 1) if seconds < 300 else ("min", 60) if seconds < 3 * 3600 else ("h", 3600)
     step = _nice_step(seconds / size) * size
     ticks = [i * step for i in range(int(seconds / step) + 1)]
     clock: Spec = {"labelExpr": f"format(datum.value / {size}, '~g')", "values": ticks}
-    found = (
-        Axis("tokens", "tokens", "tokens", ends["tokens"], {"labelExpr": _SI}),
-        Axis("step", "optimizer steps", "optimizer steps", ends["step"], {"labelExpr": _SI}),
-        Axis("time", f"training time ({unit})", "training time (s)", seconds, clock, size),
-        Axis("flops", "model FLOPs", "model FLOPs", ends.get("flops", 0.0), {"labelExpr": _POWER}),
-    )
-    return {axis.field: axis for axis in found if axis.field in ends}
+    return Axis("time", f"training time ({unit})", "training time (s)", seconds, clock, size)
 
 
 def _nice_step(span: float) -> float:
@@ -149,7 +153,7 @@ def front_panel(axis: Axis, means: Dataset, quantity: Quantity, labels: Sequence
         "type": "quantitative",
         "title": axis.title,
         "scale": {"type": "log", "nice": False, "domain": ends},
-        "axis": {"labelExpr": axis.spec["labelExpr"], **_front_ticks(axis, ends)},
+        "axis": {"labelExpr": axis.spec["labelExpr"], **_log_ticks(axis, ends)},
     }
     y: Spec = {"field": "y", "type": "quantitative", "title": quantity.title}
     y |= {"scale": quantity.scale, "axis": quantity.axis}
@@ -226,7 +230,7 @@ def _front_ends(costs: Sequence[float]) -> list[float]:
     return [min(costs) / margin, max(costs) * margin]
 
 
-def _front_ticks(axis: Axis, ends: list[float]) -> Spec:
+def _log_ticks(axis: Axis, ends: list[float]) -> Spec:
     """Of a logarithmic axis, in the unit in which its linear sibling counts."""
     if "values" not in axis.spec:
         return _log_axis(ends[0], ends[1], 10)
@@ -234,6 +238,35 @@ def _front_ticks(axis: Axis, ends: list[float]) -> Spec:
     if "values" not in found:
         return {"tickCount": 6}
     return {"values": [tick * axis.size for tick in found["values"]], "tickCount": found["tickCount"]}
+
+
+def gpus_panel(name: str, data: Dataset, quantity: Quantity, unit: str, labels: Sequence[str]) -> Panel:
+    """One line for each schedule. `unit`: of the values, for the tooltip."""
+    color, dash, _ = _schedule_scales(labels)
+    ends = [min(data["gpus"]), max(data["gpus"])]
+    x: Spec = {
+        "field": "gpus",
+        "type": "quantitative",
+        "title": "GPUs",
+        "scale": {"type": "log", "base": 2, "nice": False, "domain": ends},
+        "axis": {**_log_axis(ends[0], ends[1], 2), "labelExpr": "format(datum.value, ',')"},
+    }
+    y: Spec = {"field": "y", "type": "quantitative", "title": quantity.title}
+    y |= {"scale": quantity.scale, "axis": quantity.axis}
+    layer: Spec = {
+        "data": {"name": name},
+        "transform": [_SHOWN],
+        "mark": {"type": "line", "strokeWidth": 2.2, "clip": True, "aria": False},
+        "encoding": {"x": x, "y": y, "color": color, "strokeDash": dash},
+    }
+    return Panel(
+        name,
+        "gpus",
+        "by number of GPUs",
+        {"height": 230, "layer": [layer]},
+        Pointed([(name, "gpus")], "GPUs", unit, 1.0),
+        {"symbolType": "stroke", "symbolSize": 500},
+    )
 
 
 FRONT_HEIGHT = 320
@@ -337,6 +370,14 @@ def logarithmic(
         low, high = low / 2, high * 2
     scale: Spec = {"type": "log", "base": base, "nice": False, "domain": [_rounded(low), _rounded(high)]}
     return Quantity(title, scale, _log_axis(low, high, base), line)
+
+
+def time(seconds: Sequence[float]) -> Quantity:
+    """Training time on a logarithmic axis."""
+    axis = _time_axis(max(seconds))
+    ends = [_rounded(0.9 * min(seconds)), _rounded(1.1 * max(seconds))]
+    scale: Spec = {"type": "log", "nice": False, "domain": ends}
+    return Quantity(axis.title, scale, {"labelExpr": axis.spec["labelExpr"], **_log_ticks(axis, ends)})
 
 
 def from_zero(title: str, values: Sequence[float]) -> Quantity:

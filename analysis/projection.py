@@ -1,8 +1,8 @@
 """Training time and GPU-hours at other GPU counts, from the batch traces and step times of a sweep.
 
-`project(traces(sweep, schedules), baselines)`. The batch trace of a run is taken as logged and each of its
-steps as analysis.step_cost predicts it. Ranks beyond the micro-batches of a step have nothing to do in it:
-that is what a larger batch buys.
+`project(step_traces(sweep, schedules), baselines)`. The batch trace of a run is taken as logged and each of
+its steps as analysis.step_cost predicts it. Ranks beyond the micro-batches of a step have nothing to do in
+it: that is what a larger batch buys.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from analysis.step_cost import (
     Check,
     Cost,
     Machine,
-    Trace,
+    StepTrace,
     cells,
     checks,
     cost,
     grouped,
     regular,
-    trace,
+    step_trace,
 )
 from analysis.summary import Schedule
 from analysis.synchronisation import Network, Synchronisation, mesh_at, synchronisation
@@ -53,12 +53,12 @@ BENCHMARK = "benchmarks/results/projection-cpu.json"
 BENCHMARK_ERROR = 1.09
 
 
-def traces(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[Trace]]:
+def step_traces(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[StepTrace]]:
     """Of the finished runs of each schedule, by its label."""
     found = {}
     for schedule in schedules:
         found[schedule.label] = [
-            trace(
+            step_trace(
                 run.config, machine_of(run.id, run.config), sweep.record.filter(pl.col("point") == run.point)
             )
             for run in schedule.finished
@@ -87,7 +87,7 @@ class Fit:
     """What runs of the same arithmetic on the same hardware tell of a step."""
 
     labels: list[str]  # of their schedules
-    example: Trace
+    example: StepTrace
     cost: Cost
     sync_scale: float  # of the modelled synchronisation, in the projection
     steps: int  # that it rests on
@@ -118,8 +118,12 @@ class Outlook:
     baseline: str | None
     seeds: int
     statistics_s: float  # per micro-batch of a step that takes statistics
-    forecasts: list[Forecast]
+    forecasts: list[Forecast]  # on the GPU counts asked for
+    line: list[Forecast]  # from the least to the greatest of them, for drawing
     enough: int  # GPUs beyond which another doubling saves less than WORTH
+
+    def on(self, gpus: int) -> Forecast | None:
+        return next((forecast for forecast in self.forecasts if forecast.gpus == gpus), None)
 
     @property
     def sentence(self) -> str:
@@ -134,6 +138,7 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Projection:
+    gpu_counts: tuple[int, ...]
     network: Network
     given: bool  # the network was asked for, not the one that the runs saw
     fits: list[Fit]
@@ -142,9 +147,14 @@ class Projection:
     by_rank: list[str]  # labels of schedules whose batches depend on the number of ranks
 
     @property
-    def sentences(self) -> list[str]:
-        """What the schedules gain, what that rests on, how far it can be trusted and what it assumes."""
-        found = [outlook.sentence for outlook in self.outlooks]
+    def notes(self) -> list[str]:
+        """What it rests on, how far it can be trusted and what it assumes."""
+        found = []
+        if self.outlooks:
+            found.append(
+                f"Training time and GPU-hours, means over the finished runs. Worth it up to: the number of "
+                f"GPUs beyond which another doubling saves less than {WORTH:.0%} of the time."
+            )
         for fit in self.fits:
             found += [_basis(fit), _synchronised(fit, self), _checked(fit)]
         if self.fits:
@@ -157,12 +167,12 @@ class Projection:
 
 
 def project(
-    runs: Mapping[str, Sequence[Trace]],
+    runs: Mapping[str, Sequence[StepTrace]],
     baselines: Mapping[str, str | None],
     gpu_counts: Sequence[int] = GPU_COUNTS,
     network: Network | None = None,
 ) -> Projection:
-    """Of each schedule, by label, from the `traces` of its runs.
+    """Of each schedule, by label, from the `step_traces` of its runs.
 
     `baselines`: with which schedule each is compared. network None: synchronisation takes as long as the
     sweep measured it at several widths, and as Network() says where it did not.
@@ -190,7 +200,8 @@ def project(
         for baseline in (baselines.get(label),)
     ]
     by_rank = [label for label in loads if compares_ranks(runs[label][0].config)]
-    return Projection(network or Network(), network is not None, fits, outlooks, missing, by_rank)
+    counts = tuple(sorted(set(gpu_counts)))
+    return Projection(counts, network or Network(), network is not None, fits, outlooks, missing, by_rank)
 
 
 def compares_ranks(config: Config) -> bool:
@@ -199,7 +210,7 @@ def compares_ranks(config: Config) -> bool:
     return batch["schedule"] == "coordinate_norm_test" or batch.get("estimator") in ("worker", "paper")
 
 
-def _unusable(own: Sequence[Trace]) -> str | None:
+def _unusable(own: Sequence[StepTrace]) -> str | None:
     if not own:
         return "none of its runs has finished"
     if not all(run.whole for run in own):
@@ -209,7 +220,7 @@ def _unusable(own: Sequence[Trace]) -> str | None:
     return None
 
 
-def arithmetic(run: Trace) -> str:
+def arithmetic(run: StepTrace) -> str:
     """What decides the time of a micro-batch and of an update on one rank: all but the widths."""
     parallel = {key: value for key, value in to_tree(run.config.parallel).items() if key not in _WIDTHS}
     if run.config.parallel.strategy == "single":
@@ -223,7 +234,7 @@ def arithmetic(run: Trace) -> str:
 _WIDTHS = ("replicate", "shard")
 
 
-def _fit(labels: list[str], runs: list[Trace], network: Network | None) -> tuple[Fit | None, bool]:
+def _fit(labels: list[str], runs: list[StepTrace], network: Network | None) -> tuple[Fit | None, bool]:
     """And whether a micro-batch holds the taking of statistics, since too few steps do without."""
     for measured in (False, True):
         found = cells(runs, network or Network(), measured=measured)
@@ -249,7 +260,7 @@ def _fit(labels: list[str], runs: list[Trace], network: Network | None) -> tuple
     return fit, measured
 
 
-def statistics_s(own: Sequence[Trace], fitted: Cost, network: Network) -> float:
+def statistics_s(own: Sequence[StepTrace], fitted: Cost, network: Network) -> float:
     """What taking statistics adds to a micro-batch of this schedule: the median over its measured steps."""
     extra: list[float] = []
     for run in own:
@@ -300,7 +311,7 @@ class _Load:
         return next((count for count, (few, many) in pairs if many > (1 - WORTH) * few), counts[-1])
 
 
-def _load(own: Sequence[Trace], fit: Fit, extra_s: float, network: Network) -> _Load:
+def _load(own: Sequence[StepTrace], fit: Fit, extra_s: float, network: Network) -> _Load:
     kinds = pl.concat([run.steps.select("batch", "measured") for run in own])
     counted = kinds.group_by("batch", "measured", maintain_order=True).len()
     return _Load(
@@ -317,20 +328,24 @@ def _load(own: Sequence[Trace], fit: Fit, extra_s: float, network: Network) -> _
 def _outlook(
     label: str, load: _Load, baseline: str | None, reference: _Load | None, counts: Sequence[int]
 ) -> Outlook:
-    forecasts = []
-    for gpus in (count for count in counts if count % load.tensor == 0):
-        seconds = load.seconds(gpus)
-        comparable = reference is not None and gpus % reference.tensor == 0
-        forecasts.append(
-            Forecast(
-                gpus=gpus,
-                seconds=seconds,
-                gpu_hours=seconds * gpus / 3600,
-                speedup=reference.seconds(gpus) / seconds if reference and comparable else None,
-                busy=load.busy(gpus),
-            )
-        )
-    return Outlook(label, baseline, load.seeds, load.statistics_s, forecasts, load.enough())
+    drawn = [min(counts) << n for n in range(int(math.log2(max(counts) / min(counts))) + 1)]
+    forecasts, line = (
+        [_forecast(load, reference, gpus) for gpus in sorted(found) if gpus % load.tensor == 0]
+        for found in (set(counts), {*drawn, *counts})
+    )
+    return Outlook(label, baseline, load.seeds, load.statistics_s, forecasts, line, load.enough())
+
+
+def _forecast(load: _Load, reference: _Load | None, gpus: int) -> Forecast:
+    seconds = load.seconds(gpus)
+    comparable = reference is not None and gpus % reference.tensor == 0
+    return Forecast(
+        gpus=gpus,
+        seconds=seconds,
+        gpu_hours=seconds * gpus / 3600,
+        speedup=reference.seconds(gpus) / seconds if reference and comparable else None,
+        busy=load.busy(gpus),
+    )
 
 
 def projection_table(projection: Projection) -> pl.DataFrame:

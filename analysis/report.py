@@ -14,8 +14,10 @@ from analysis.equal import Equal, compare_at_equal
 from analysis.evaluations import AXES, FLOPS, TIME, Axis, evaluations
 from analysis.figures import Figure
 from analysis.load import Run, Sweep
+from analysis.projection import GPU_COUNTS, Projection, project, step_traces
 from analysis.statistics import BOOTSTRAP_SEEDS
 from analysis.summary import RunNumbers, Schedule, run_numbers, summarise
+from analysis.synchronisation import Network
 from analysis.target import Target, check_target, reach_targets
 from analysis.verdict import (
     Comparison,
@@ -39,6 +41,7 @@ class Report:
     comparisons: list[Comparison]
     equal: list[Equal]  # at equal tokens, steps, time and FLOPs
     targets: list[Target]  # one for each baseline
+    projection: Projection
     overall: list[Overall]
     headline: str
     cautions: list[str]
@@ -178,16 +181,25 @@ def _joined(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(shlex.join(run.command) for run in runs))
 
 
-def build(sweep: Sweep, baseline: Sequence[str], written: float, target: float | None = None) -> Report:
+def build(
+    sweep: Sweep,
+    baseline: Sequence[str],
+    written: float,
+    target: float | None = None,
+    gpu_counts: Sequence[int] = GPU_COUNTS,
+    network: Network | None = None,
+) -> Report:
     """The whole comparison. Raises ConfigError when no schedule is what `baseline` asks for, or when `target`
-    is no loss."""
+    is no loss. `gpu_counts`, `network`: of analysis.projection.project."""
     check_target(target)
     numbers = run_numbers(sweep.record)
     schedules = summarise(sweep, numbers)
     chosen = parse_baseline(baseline, schedules)
     comparisons = compare_all(schedules, chosen)
     measured = evaluations(sweep, schedules)
-    figures, datasets = charts.build(sweep, schedules)
+    against = {c.schedule: c.baseline for c in comparisons}
+    projection = project(step_traces(sweep, schedules), against, gpu_counts, network)
+    figures, datasets = charts.build(sweep, schedules, projection)
     return Report(
         sweep=sweep,
         written=written,
@@ -197,6 +209,7 @@ def build(sweep: Sweep, baseline: Sequence[str], written: float, target: float |
         comparisons=comparisons,
         equal=compare_at_equal(comparisons, measured),
         targets=reach_targets(schedules, comparisons, measured, target),
+        projection=projection,
         overall=overall(schedules, comparisons),
         headline=headline(schedules, comparisons),
         cautions=[*cautions(schedules, comparisons), *sweep.cautions],

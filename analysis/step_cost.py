@@ -53,7 +53,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Trace:
+class StepTrace:
     """The steps of one run: `step`, `batch` (sequences), `seconds`, `accumulation` (rounds), `measured`
     (statistics were taken), `regular` (its time tells what such a step takes)."""
 
@@ -98,7 +98,7 @@ class Trace:
         return int(self.steps["batch"].sum()) == self.config.trained_sequences
 
 
-def trace(config: Config, machine: Machine | None, record: pl.DataFrame) -> Trace:
+def step_trace(config: Config, machine: Machine | None, record: pl.DataFrame) -> StepTrace:
     """Of the record of one run (analysis.load.RECORD)."""
     unit = config.batch_unit
     training = record.filter(pl.col("batch/size").is_not_null())
@@ -116,7 +116,7 @@ def trace(config: Config, machine: Machine | None, record: pl.DataFrame) -> Trac
         follows=pl.col("step").diff().fill_null(1) == 1,
     )
     regular = as_frozen & settled & pl.col("follows") & (pl.col("batch") % unit == 0)
-    return Trace(config, machine, steps.with_columns(regular=regular.fill_null(False)))
+    return StepTrace(config, machine, steps.with_columns(regular=regular.fill_null(False)))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Cost:
         return self.seconds(cell.accumulation, cell.modelled.times(scale))
 
 
-def cells(runs: Sequence[Trace], network: Network, *, measured: bool = False) -> list[Cell]:
+def cells(runs: Sequence[StepTrace], network: Network, *, measured: bool = False) -> list[Cell]:
     """measured: with the steps in which statistics were taken."""
     found = []
     for mesh, group in grouped(runs, lambda run: run.mesh).items():
@@ -163,7 +163,7 @@ def cells(runs: Sequence[Trace], network: Network, *, measured: bool = False) ->
     return found
 
 
-def regular(run: Trace) -> pl.DataFrame:
+def regular(run: StepTrace) -> pl.DataFrame:
     """`alone`: seconds on a rank with cores of its own."""
     alone = pl.col("seconds") / run.oversubscription
     return run.steps.filter("regular").select("accumulation", "measured", "seconds", alone=alone)

@@ -10,6 +10,7 @@ import polars as pl
 from analysis import lau
 from analysis.equal import Equal
 from analysis.load import Run
+from analysis.projection import Projection, projection_table
 from analysis.report import Report
 from analysis.statistics import Estimate, Interval
 from analysis.summary import RunNumbers, Schedule
@@ -24,6 +25,7 @@ def tables(report: Report) -> dict[str, pl.DataFrame]:
         "runs": runs_table(report),
         "equal": equal_table(report),
         "targets": targets_table(report),
+        "projection": projection_table(report.projection),
         "lau_table": lau_table(report),
     }
     return {name: table for name, table in found.items() if not table.is_empty()}
@@ -146,6 +148,17 @@ def _overall_fields(overall: Overall) -> dict[str, Any]:
     }
 
 
+def _projection_fields(projection: Projection) -> dict[str, Any]:
+    return {
+        "network": vars(projection.network),
+        "given": projection.given,
+        "schedules": projection_table(projection).to_dicts(),
+        "missing": projection.missing,
+        "checks": [{**vars(check), "error": check.error} for fit in projection.fits for check in fit.checks],
+        "notes": projection.notes,
+    }
+
+
 def lau_table(report: Report) -> pl.DataFrame:
     """The columns of Lau et al. 2024, Tables 1 to 3, row by row as there (analysis.lau)."""
     rows = [
@@ -209,7 +222,10 @@ def to_json(report: Report) -> dict[str, Any]:
         "overall": [_overall_fields(overall) for overall in report.overall],
         "runs": [{**_run_row(report, run), "axes": run.axes} for run in report.sweep.runs],
         "tables": [f"tables/{name}.csv" for name in tables(report)],
-        "figures": [f"figures/{figure.name}.png" for figure in report.figures],
+        "projection": _projection_fields(report.projection),
+        "figures": [
+            f"figures/{figure.name}.{kind}" for figure in report.figures for kind in ("png", "svg", "pdf")
+        ],
     }
     found: dict[str, Any] = plain(content)
     return found

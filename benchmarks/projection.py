@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from analysis.load import record_table
-from analysis.step_cost import Machine, Trace, cells, checks, cost, trace
+from analysis.step_cost import Machine, StepTrace, cells, checks, cost, step_trace
 from analysis.synchronisation import Network
 from benchmarks.step import trainer
 from pipeline.config import Config
@@ -79,7 +79,7 @@ def _wait(signal: Semaphore) -> None:
 
 def train(
     rounds: int, ranks: Sequence[int] = RANKS, more: Sequence[str] = ()
-) -> tuple[list[Trace], list[int]]:
+) -> tuple[list[StepTrace], list[int]]:
     """Traces of all runs, in home(); and how many other processes were at work, from time to time."""
     configs = {count: [setting(count, batch, more) for batch in BATCHES] for count in ranks}
     prepare(configs[ranks[0]][0].data, home() / "corpora")
@@ -109,7 +109,7 @@ def train(
             raise
     machine = Machine(os.cpu_count() or 1, None)
     runs = [(composed, RunDirectory.of(composed).rows()) for own in configs.values() for composed in own]
-    return [trace(composed, machine, record_table(0, rows)) for composed, rows in runs], others
+    return [step_trace(composed, machine, record_table(0, rows)) for composed, rows in runs], others
 
 
 def other_processes() -> int:
@@ -120,7 +120,7 @@ def other_processes() -> int:
     return 0
 
 
-def predict(runs: Sequence[Trace]) -> dict[str, Any]:
+def predict(runs: Sequence[StepTrace]) -> dict[str, Any]:
     """Median steps: as measured, as the model fits them, and its error where it had to do without them."""
     found = cells(runs, Network())
     fitted = cost(found)

@@ -17,8 +17,8 @@ import pytest
 import benchmarks.projection
 from analysis import projection
 from analysis.load import load_sweep, record_table
-from analysis.projection import Projection, project, projection_table, traces
-from analysis.step_cost import Cost, Machine, Trace, cells, checks, cost, least_absolute, trace
+from analysis.projection import Projection, project, projection_table, step_traces
+from analysis.step_cost import Cost, Machine, StepTrace, cells, checks, cost, least_absolute, step_trace
 from analysis.summary import run_numbers, summarise
 from analysis.synchronisation import Network, mesh_at, synchronisation
 from benchmarks.statistics import Footprint, footprint
@@ -73,7 +73,7 @@ def made_up(
     micro_s: float = MICRO_S,
     statistics_s: float | None = None,
     scale: float = 1.0,
-) -> Trace:
+) -> StepTrace:
     """A run whose every step takes what it must; where `statistics_s` is given, each third one takes so much
     longer for each micro-batch."""
     composed = settings(ranks, *more)
@@ -88,7 +88,7 @@ def made_up(
         rounds = -(-batch // (ranks * composed.data.micro_batch))
         rows.append(row | {"batch/accumulation": rounds})
     whole = dataclasses.replace(composed, budget=dataclasses.replace(composed.budget, tokens=tokens))
-    return trace(whole, machine, record_table(0, rows))
+    return step_trace(whole, machine, record_table(0, rows))
 
 
 @functools.cache  # composing takes a while
@@ -184,7 +184,7 @@ def test_least_absolute_deviations_reach_the_least_of_any_corner():
     assert deviation(slope, level) == pytest.approx(least, rel=1e-6)
 
 
-def fitted(runs: Sequence[Trace], network: Network = NETWORK) -> Cost:
+def fitted(runs: Sequence[StepTrace], network: Network = NETWORK) -> Cost:
     found = cost(cells(runs, network))
     assert found
     return found
@@ -246,7 +246,7 @@ def test_steps_of_an_attempt_on_another_mesh_do_not_count():
         second = step > 15  # on two ranks, which take half the rounds
         row = train_row(step, step * 16 * LENGTH, 3.0, 16, 0.1 * step + (5.0 * (step - 15) if second else 0))
         rows.append(row | {"batch/accumulation": 2 if second else 4, "attempt": 1 + second})
-    found = trace(settings(1), GPU, record_table(0, rows)).steps
+    found = step_trace(settings(1), GPU, record_table(0, rows)).steps
     assert found.filter("regular")["step"].to_list() == list(range(3, 16))
 
 
@@ -258,7 +258,7 @@ def test_a_last_step_of_part_of_a_round_does_not_count():
 # --- the check -------------------------------------------------------------------------------------------
 
 
-def three_widths(scale: float = 4.0) -> list[Trace]:
+def three_widths(scale: float = 4.0) -> list[StepTrace]:
     return [
         made_up(batches, ranks=ranks, scale=scale)
         for batches in (SMALL_BATCH, [32] * 20, LARGE_BATCH)
@@ -356,7 +356,7 @@ def test_taking_statistics_costs_the_schedule_that_takes_them():
 
 
 def test_where_every_step_takes_statistics_a_micro_batch_includes_them():
-    def always(batches: Sequence[int]) -> Trace:
+    def always(batches: Sequence[int]) -> StepTrace:
         run = made_up(batches, micro_s=0.036)
         return dataclasses.replace(run, steps=run.steps.with_columns(measured=True))
 
@@ -372,7 +372,7 @@ def test_gpus_that_a_tensor_parallel_group_does_not_divide_are_left_out():
     assert outlook.enough % 2 == 0
 
 
-def throttled(run: Trace) -> Trace:
+def throttled(run: StepTrace) -> StepTrace:
     return dataclasses.replace(run, steps=run.steps.gather_every(10))
 
 
@@ -385,7 +385,7 @@ def throttled(run: Trace) -> Trace:
         ([made_up(SMALL_BATCH), made_up(LARGE_BATCH, machine=None)], "different hardware"),
     ],
 )
-def test_what_cannot_be_projected_says_why(runs: list[Trace], reason: str):
+def test_what_cannot_be_projected_says_why(runs: list[StepTrace], reason: str):
     found = project({"s": runs}, {})
     assert found.outlooks == [] and reason in found.missing["s"]
     assert any("No projection of s" in sentence and reason in sentence for sentence in found.sentences)
@@ -467,7 +467,7 @@ def test_a_sweep_on_disk_is_projected(home: Path):
         logs.mkdir()
         (logs / "attempt-1.environment.json").write_text(json.dumps({"cpus": 64, "gpus": [{"name": "A100"}]}))
     sweep = load_sweep("here")
-    found = traces(sweep, summarise(sweep, run_numbers(sweep.record)))
+    found = step_traces(sweep, summarise(sweep, run_numbers(sweep.record)))
     assert {run.machine for own in found.values() for run in own} == {Machine(64, "A100")}
     slow, fast = project(found, dict.fromkeys(found, "constant_16"), [8, 512], Network(1e9, 0.0)).outlooks
     assert (slow.seeds, fast.seeds) == (2, 2)
@@ -482,7 +482,7 @@ def test_a_run_without_a_note_of_its_machine_is_still_projected(home: Path):
     points = [Point({"batch": f"constant_{b}", "seed": "0"}, write_rows(b)) for b in (16, 64)]
     write_sweep("here", points, common=("experiment=demo", "data.micro_batch=8"))
     sweep = load_sweep("here")
-    found = project(traces(sweep, summarise(sweep, run_numbers(sweep.record))), {})
+    found = project(step_traces(sweep, summarise(sweep, run_numbers(sweep.record))), {})
     assert len(found.outlooks) == 2
     assert "an unknown machine" in " ".join(found.sentences)
 

@@ -769,7 +769,9 @@ def test_json_is_the_report_and_its_paths(home: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.usefixtures("no_images")
-@pytest.mark.parametrize("name", ["figures/noise_scale.png", "figures/noise_scale.pdf", "tables/equal.parquet"])
+@pytest.mark.parametrize(
+    "name", ["figures/noise_scale.png", "figures/noise_scale.pdf", "tables/equal.parquet"]
+)
 def test_a_figure_or_table_that_no_longer_exists_is_removed(home: Path, name: str) -> None:
     write_sweep("s", pairs({"constant_16": [2.0]}))
     stale = home / "reports/s" / name
