@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from analysis.load import load_sweep
+from analysis.load import Sweep, load_sweep
 from analysis.projection import GPU_COUNTS
 from analysis.render import write
 from analysis.report import Report, build
 from analysis.sources import SOURCES
+from analysis.study import EXAMPLE, load_study
 from analysis.synchronisation import Network
 from analysis.tables import to_json
 from pipeline.config import ConfigError
@@ -39,18 +40,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(arguments: Sequence[str] | None) -> int:
     options = _parser().parse_args(arguments)
-    sweep = load_sweep(options.sweep, options.source)
+    sweep = _load(options.sweep, options.source)
     gpu_counts = _numbers("--gpus", options.gpus, int) if options.gpus else GPU_COUNTS
     network = Network(*_numbers("--network", options.network, float, 2)) if options.network else None
     report = build(sweep, options.baseline, time.time(), options.target, gpu_counts, network)
-    folder = home() / "reports" / report.sweep.name
-    if options.source != "record":
-        folder /= options.source  # beside the report of the record, which knows more
+    # Beside the report of the record, which knows more.
+    folder = home() / "reports" / sweep.name / sweep.source.folder
     paths = write(report, folder)
     address = _published(report, folder, options.publish) if options.publish is not None else None
     if options.json:
-        files = {"files": [str(path) for path in paths], "published": address}
-        print(json.dumps({**to_json(report), **files}, indent=1, allow_nan=False))
+        places = {"files": [str(path) for path in paths], **({"published": address} if address else {})}
+        print(json.dumps({**to_json(report), **places}, indent=1, allow_nan=False))
     else:
         print("\n".join(_screen(report, paths, address)))
     if not report.finished:
@@ -59,9 +59,26 @@ def _report(arguments: Sequence[str] | None) -> int:
     return 0
 
 
+def _load(sweep: str, source: str | None) -> Sweep:
+    if not sweep.endswith((".yaml", ".yml")):
+        return load_sweep(sweep, source or "record")
+    if source is not None:
+        raise ConfigError(f"--source {source}: {sweep} says itself where its runs are: source: …")
+    return load_study(Path(sweep))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m analysis", description="Compares the runs of a sweep.")
-    parser.add_argument("sweep", metavar="SWEEP", help="name of a sweep: a folder of sweeps/")
+    parser = argparse.ArgumentParser(
+        "python -m analysis",
+        description="Compares the runs of a sweep.",
+        epilog=f"Runs that this project did not make: a file instead of SWEEP, such as\n\n{EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "sweep",
+        metavar="SWEEP",
+        help="name of a sweep: a folder of sweeps/; or a .yaml file that says what anybody's runs are",
+    )
     parser.add_argument(
         "--baseline",
         action="append",
@@ -72,9 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--source",
-        default="record",
         metavar="SOURCE",
-        help=f"where the rows of the runs are read from: {' or '.join(SOURCES)} (default: record)",
+        help=f"where the rows of the runs are read from: {', '.join(SOURCES)} or wandb:ENTITY/PROJECT, whose "
+        "runs are kept in cache/ and fetched again only when they have changed (default: record)",
     )
     parser.add_argument(
         "--target",

@@ -13,8 +13,7 @@ from analysis import align
 from analysis.align import Array
 from analysis.load import Run, Sweep
 from analysis.projection import Projection
-from analysis.summary import Schedule, is_cut
-from pipeline.throughput import flops_per_token
+from analysis.summary import Schedule, comparable, is_cut
 
 Dataset = dict[str, list[Any]]  # column -> values, all of one length
 
@@ -54,20 +53,18 @@ class Trace:
     def curve(self, rows: pl.DataFrame, y: Array) -> Curve:
         """`y` over the axes: of `rows`, which belong to this run."""
         x = {axis: rows[axis].to_numpy() for axis in ("tokens", "step", "time")}
-        if self.run.config:
-            config = self.run.config
-            x["flops"] = x["tokens"] * flops_per_token(config.model, config.data.sequence_length)
+        if self.run.flops_per_token:
+            x["flops"] = x["tokens"] * self.run.flops_per_token
         return Curve(self.schedule, self.run.seed, self.finished, x, y)
 
 
 def traces(sweep: Sweep, schedules: Sequence[Schedule]) -> list[Trace]:
     """The runs that recorded anything, in the order of their schedules."""
-    tables = {key[0]: rows for key, rows in sweep.record.partition_by("point", as_dict=True).items()}
     return [
-        Trace(schedule.label, run, run.point in schedule.numbers, tables[run.point])
+        Trace(schedule.label, run, run.point in schedule.numbers, sweep.rows[run.point])
         for schedule in schedules
         for run in schedule.runs
-        if run.point in tables
+        if run.point in sweep.rows
     ]
 
 
@@ -146,6 +143,8 @@ def mean_lines(lines: Sequence[Curve], axes: Sequence[str], resample: Resample, 
     for label in labels:
         group = [line for line in lines if line.schedule == label and line.finished]
         for axis in axes:
+            if any(np.isnan(line.x[axis]).any() for line in group):  # nobody counted it
+                continue
             xs = [line.x[axis] for line in group]
             grid = align.shared_points(xs) if exact else align.uniform_grid(xs, points)
             if not len(grid):
@@ -193,7 +192,8 @@ def final_means(schedules: Sequence[Schedule]) -> Dataset:
         for schedule, x, loss in sorted(known, key=lambda item: item[1]):
             beaten = any(
                 other_x <= x and other.mean <= loss.mean and (other_x, other.mean) != (x, loss.mean)
-                for _, other_x, other in known
+                for beater, other_x, other in known
+                if comparable(beater, schedule)
             )
             row = (schedule.label, axis, x, loss.mean, loss.low, loss.high, loss.n, not beaten)
             for column, value in zip(out.values(), row, strict=True):

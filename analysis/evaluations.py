@@ -13,7 +13,6 @@ from analysis import numbers as text
 from analysis.align import Array
 from analysis.load import Run, Sweep
 from analysis.summary import Schedule
-from pipeline.throughput import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,11 @@ class Evaluations:
 
 def evaluations(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[Evaluations]]:
     """By schedule, those of its finished runs that were evaluated at all."""
-    tables = {int(key[0]): rows for key, rows in sweep.record.group_by("point", maintain_order=True)}
     return {
         schedule.label: [
-            found for run in schedule.finished if (found := _evaluations(run, tables[run.point])) is not None
+            found
+            for run in schedule.finished
+            if (found := _evaluations(run, sweep.rows[run.point])) is not None
         ]
         for schedule in schedules
     }
@@ -82,8 +82,8 @@ def _evaluations(run: Run, rows: pl.DataFrame) -> Evaluations | None:
         return None
     tokens = rows["tokens"].to_numpy()
     along = {axis: rows[column].to_numpy() for axis, column in _COLUMNS.items()}
-    if run.config:
-        along["flops"] = tokens * flops_per_token(run.config.model, run.config.data.sequence_length)
+    if run.flops_per_token:
+        along["flops"] = tokens * run.flops_per_token
     known = {axis: x for axis, x in along.items() if _rises(x[np.isfinite(x)], x[evaluated])}
     return Evaluations(
         seed=run.seed,

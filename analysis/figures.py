@@ -187,7 +187,7 @@ def _training(drawing: Drawing) -> Figure | None:
 
 
 def _batch(drawing: Drawing) -> Figure | None:
-    sizes = drawing.values("batch")
+    sizes = [y for y in drawing.values("batch") if y > 0]
     if not sizes:
         return None
     quantity = panels.logarithmic("batch size (sequences)", sizes, 2, "step-before")
@@ -249,7 +249,8 @@ def _projected(drawing: Drawing) -> Figure | None:
         return None
     most = max(times["gpus"])
     rows = zip(times["schedule"], times["gpus"], times["y"], strict=True)
-    in_time, in_gpu_hours = panels.time(times["y"]), panels.logarithmic("GPU-hours", hours["y"], 10, "linear")
+    in_time = panels.time(times["y"])
+    in_hours = panels.logarithmic("GPU-hours", hours["y"], 10, "linear")
     ends = "; ".join(f"{label}: {text.duration(s)} on {gpus:,}" for label, gpus, s in rows if gpus == most)
     return Figure(
         "projection",
@@ -258,16 +259,8 @@ def _projected(drawing: Drawing) -> Figure | None:
         "micro-batch and of the rest of a step. Where a line of time is flat, more GPUs have nothing to do.",
         f"Predicted training time by number of GPUs. {ends}",
         [
-            panels.gpus_panel(
-                "projected_time", times, panels.time(times["y"]), "training time (s)", drawing.labels
-            ),
-            panels.gpus_panel(
-                "projected_gpu_hours",
-                hours,
-                panels.logarithmic("GPU-hours", hours["y"], 10, "linear"),
-                "GPU-hours",
-                drawing.labels,
-            ),
+            panels.gpus_panel("projected_time", times, in_time, "training time (s)", drawing.labels),
+            panels.gpus_panel("projected_gpu_hours", hours, in_hours, "GPU-hours", drawing.labels),
         ],
         ("gpus",),
     )

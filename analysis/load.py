@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import polars as pl
 
-from analysis.sources import COLUMNS, Log, Source, source
+from analysis.draft import draft
+from analysis.records import ROWS
+from analysis.sources import ONLINE, Log, Logs, Origin, attempt, source
 from pipeline.config import Config, ConfigError, nearest
 from pipeline.identity import identity_fields
-from pipeline.store import Row, RunDirectory, State, Status, home
+from pipeline.store import RunDirectory, State, Status, home
+from pipeline.throughput import flops_per_token
 
 UNKNOWN = "?"
 SEED = "seed"  # runs that differ in this axis alone are the same schedule
 
-RECORD = {"point": pl.Int64, **{column: pl.Float64 for column in COLUMNS}}
+RECORD = {"point": pl.Int64, **ROWS}
 
 # INVALID: the point was refused. MISSING: nothing was started. UNREADABLE: the files are damaged or foreign.
-# INTERRUPTED: it says that it is running, but no process holds it.
-PointState = State | Literal["INVALID", "MISSING", "UNREADABLE", "INTERRUPTED"]
+# LOST: it says that it is running, but no process holds it.
+PointState = State | Literal["INVALID", "MISSING", "UNREADABLE", "LOST"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,9 @@ class Run:
     problem: str | None
     config: Config | None
     status: Status | None
-    command: list[str]  # that asked for it last
-    url: str | None = None  # of the run in wandb
+    command: list[str]  # that asked for it last; [] when nothing here did
+    url: str | None = None  # of its page at wandb
+    task: dict[str, str] = field(default_factory=dict)  # what a loss is a loss of: others are no comparison
 
     @property
     def seed(self) -> str:
@@ -52,6 +56,10 @@ class Run:
     def setting(self) -> dict[str, str]:
         """The axes that make the schedule: all but the seed and those that the run does not read."""
         return {axis: value for axis, value in self.axes.items() if axis != SEED and self._reads(axis)}
+
+    @property
+    def flops_per_token(self) -> float | None:
+        return flops_per_token(self.config.model, self.config.data.sequence_length) if self.config else None
 
     def _reads(self, axis: str) -> bool:
         """Whether a swept setting can change the run: a constant batch, say, does not read batch.eta."""
@@ -70,8 +78,13 @@ class Sweep:
     common: dict[str, str]
     runs: list[Run]
     record: pl.DataFrame  # schema RECORD, in the order of training
-    source: Source  # of the record
+    source: Origin  # of the record
     cautions: list[str]  # what a reader must know of it
+
+    @functools.cached_property
+    def rows(self) -> dict[int, pl.DataFrame]:
+        """The record by point. Cut at once: what a filter finds for one run keeps memory for all of them."""
+        return {int(key[0]): rows for key, rows in self.record.partition_by("point", as_dict=True).items()}
 
 
 def load_sweep(name: str, source_name: str = "record") -> Sweep:
@@ -79,15 +92,19 @@ def load_sweep(name: str, source_name: str = "record") -> Sweep:
 
     Raises ConfigError, with the nearest name when there is no such sweep or source.
     """
-    origin = source(source_name)
-    manifest = _read_manifest(name)
-    runs, logs, tables = [], [], []
+    found = source(source_name)
+    manifest = _read_manifest(name, source_name)
     command = [str(word) for word in manifest["command"]]
-    for number, point in enumerate(_distinct(manifest["points"])):
-        run, log = _load_point(number, point, command, origin)
-        runs.append(run)
-        logs.append(log)
-        tables.append(record_table(number, log.rows))
+    points = _distinct(manifest["points"])
+    if not points:
+        raise ConfigError(
+            f"{name}: a sweep without points, of which nothing can be told: {shlex.join(command)}"
+        )
+    directories = [RunDirectory(home() / "runs" / point["run"]) for point in points if point["run"]]
+    # A server may know runs whose directories are on another machine.
+    asked = [run for run in directories if source_name.startswith(ONLINE) or run.config_file.exists()]
+    logs = found.read(asked)
+    runs = [_load_point(number, point, command, found.origin, logs) for number, point in enumerate(points)]
     return Sweep(
         name=str(manifest["name"]),
         command=command,
@@ -95,26 +112,35 @@ def load_sweep(name: str, source_name: str = "record") -> Sweep:
         axes=[str(axis) for axis in manifest["axes"]],
         common={str(key): str(value) for key, value in manifest.get("common", {}).items()},
         runs=runs,
-        record=pl.concat([pl.DataFrame(schema=RECORD), *tables]),
-        source=origin,
-        cautions=origin.cautions(logs),
+        record=record_of({run.point: logs[run.id].rows for run in runs if run.id and run.id in logs}),
+        source=found.origin,
+        cautions=found.cautions(list(logs.values())),
     )
 
 
-def record_table(point: int, rows: list[Row]) -> pl.DataFrame:
-    columns = {column: pl.Series([row.get(column) for row in rows], dtype=pl.Float64) for column in COLUMNS}
-    return pl.DataFrame({"point": pl.Series([point] * len(rows), dtype=pl.Int64), **columns})
+def record_of(tables: Mapping[int, pl.DataFrame]) -> pl.DataFrame:
+    """The record table of the rows of points."""
+    numbered = [rows.select(pl.lit(point, pl.Int64).alias("point"), *ROWS) for point, rows in tables.items()]
+    return pl.concat([pl.DataFrame(schema=RECORD), *numbered])
 
 
-def _read_manifest(name: str) -> dict[str, Any]:
+def _read_manifest(name: str, source_name: str) -> dict[str, Any]:
     folder = home() / "sweeps"
     sweeps = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     if name not in sweeps:
         hint = nearest(name, sweeps)
-        raise ConfigError(
+        problems = [
             f"{name}: no such sweep in {folder}." + (f" Did you mean {hint}?" if hint else ""),
             f"Sweeps: {', '.join(sweeps) or 'none yet'}",
-        )
+        ]
+        if source_name.startswith(ONLINE):
+            problems += [
+                f"Its manifest, sweeps/{name}/manifest.json, says which runs are its points. Without it, "
+                f"save what follows as {name}.yaml, correct it, and give {name}.yaml instead of {name}:",
+                "",
+                draft(source_name.removeprefix(ONLINE), name),
+            ]
+        raise ConfigError(*problems)
     path = folder / name / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -147,42 +173,53 @@ def _distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
-def _load_point(number: int, point: dict[str, Any], last: list[str], origin: Source) -> tuple[Run, Log]:
+def _load_point(number: int, point: dict[str, Any], last: list[str], origin: Origin, logs: Logs) -> Run:
     """`last`: the manifest's own command, for points written before each had one."""
     axes = {str(axis): str(value) for axis, value in point["axes"].items()}
     command = [str(word) for word in point.get("command") or last]
     if point["run"] is None:
-        return Run(number, None, axes, "INVALID", point.get("problem"), None, None, command), Log()
+        return Run(number, None, axes, "INVALID", point.get("problem"), None, None, command)
     directory = RunDirectory(home() / "runs" / point["run"])
+    log = logs.get(directory.id, Log())
+    if log.url and log.problem:  # what is missing is not the run: no command makes it
+        command = []
     if not directory.config_file.exists():
-        return Run(number, directory.id, axes, "MISSING", None, None, None, command), Log()
-    config, config_problem = _attempt(directory.config, directory.config_file)
-    status, status_problem = _attempt(directory.status, directory.status_file)
-    log, log_problem = _attempt(functools.partial(origin.read, directory), directory.path / origin.files)
-    unreadable = config_problem or status_problem or log_problem
-    if status and status.state == "DONE" and (gap := _gap(log or Log(), status)):
-        unreadable = unreadable or f"{origin.files} {gap}, though the run is done"
+        return _load_remote(number, directory.id, axes, log, command)
+    config, config_problem = attempt(directory.config, directory.config_file)
+    status, status_problem = attempt(directory.status, directory.status_file)
+    unreadable = config_problem or status_problem or log.problem
+    if status and status.state == "DONE" and (gap := _gap(log, status)):
+        unreadable = unreadable or f"{origin.place.removeprefix('runs/*/')} {gap}, though the run is done"
     state: PointState = "UNREADABLE" if unreadable else status.state if status else "MISSING"
-    if state == "RUNNING" and _attempt(directory.is_locked, directory.path)[0] is False:
-        state = "INTERRUPTED"  # it died without a word
+    if state == "RUNNING" and attempt(directory.is_locked, directory.path)[0] is False:
+        state = "LOST"  # it died without a word
     problem = unreadable or (status.error if status else None)
-    return Run(number, directory.id, axes, state, problem, config, status, command), log or Log()
+    return Run(number, directory.id, axes, state, problem, config, status, command, log.url, _task(config))
+
+
+def _load_remote(number: int, id_: str, axes: dict[str, str], log: Log, command: list[str]) -> Run:
+    """A run that has no directory here, as far as its log tells what it was."""
+    state: PointState = "MISSING"
+    if log.status:
+        state = "UNREADABLE" if log.problem else log.status.state
+    problem = log.problem or (log.status.error if log.status else None)
+    return Run(number, id_, axes, state, problem, log.config, log.status, command, log.url, _task(log.config))
+
+
+def _task(config: Config | None) -> dict[str, str]:
+    """The data that are read and that losses are measured on."""
+    if config is None:
+        return {}
+    fields = identity_fields(config)
+    data = {
+        f"data.{key}": value for key, value in fields["data"].items() if key not in ("seed", "micro_batch")
+    }
+    return {key: str(value) for key, value in {**data, "eval.sequences": fields["eval"]["sequences"]}.items()}
 
 
 def _gap(log: Log, status: Status) -> str | None:
     """Why this is not all of a finished run: the loss where it ends would be taken for the final one."""
     if not log.trained:
         return "holds no training step"
-    last = log.rows[-1]["step"]
+    last = int(log.rows["step"][-1])
     return f"ends at step {last} of {status.step}" if last < status.step else None
-
-
-T = TypeVar("T")
-
-
-def _attempt(read: Callable[[], T], path: Path) -> tuple[T | None, str | None]:
-    """What `read` returns, or why the file cannot be read: one damaged run must not hide the others."""
-    try:
-        return read(), None
-    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        return None, f"{path.name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"

@@ -58,9 +58,7 @@ def step_traces(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[S
     found = {}
     for schedule in schedules:
         found[schedule.label] = [
-            step_trace(
-                run.config, machine_of(run.id, run.config), sweep.record.filter(pl.col("point") == run.point)
-            )
+            step_trace(run.config, machine_of(run.id, run.config), sweep.rows[run.point])
             for run in schedule.finished
             if run.id and run.config
         ]
@@ -124,16 +122,6 @@ class Outlook:
 
     def on(self, gpus: int) -> Forecast | None:
         return next((forecast for forecast in self.forecasts if forecast.gpus == gpus), None)
-
-    @property
-    def sentence(self) -> str:
-        times = [f"{text.duration(f.seconds)} on {f.gpus:,}" for f in self.forecasts]
-        words = f"{self.schedule}: {', '.join(times)} GPUs" if times else self.schedule
-        if self.forecasts and self.baseline not in (None, self.schedule):
-            last = self.forecasts[-1]
-            if last.speedup is not None:
-                words += f", where it is {last.speedup:.2g} times as fast as {self.baseline}"
-        return f"{words}; beyond {_gpus(self.enough)} another doubling saves less than {WORTH:.0%}."
 
 
 @dataclass(frozen=True)
@@ -377,10 +365,6 @@ def projection_table(projection: Projection) -> pl.DataFrame:
 
 
 # --- in words -----------------------------------------------------------------------------------------------
-
-
-def _gpus(count: int) -> str:
-    return "1 GPU" if count == 1 else f"{count:,} GPUs"
 
 
 def _seconds(seconds: float) -> str:

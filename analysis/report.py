@@ -178,7 +178,7 @@ class Report:
 
 def _joined(runs: Sequence[Run]) -> list[str]:
     """The distinct commands of the runs, as typed."""
-    return list(dict.fromkeys(shlex.join(run.command) for run in runs))
+    return list(dict.fromkeys(shlex.join(run.command) for run in runs if run.command))
 
 
 def build(
@@ -192,7 +192,7 @@ def build(
     """The whole comparison. Raises ConfigError when no schedule is what `baseline` asks for, or when `target`
     is no loss. `gpu_counts`, `network`: of analysis.projection.project."""
     check_target(target)
-    numbers = run_numbers(sweep.record)
+    numbers = run_numbers(sweep.rows)
     schedules = summarise(sweep, numbers)
     chosen = parse_baseline(baseline, schedules)
     comparisons = compare_all(schedules, chosen)

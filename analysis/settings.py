@@ -22,7 +22,7 @@ def describe(sweep: Sweep) -> Facts:
     hosts = [run.status.host for run in sweep.runs if run.status and run.status.host]
     facts.append(("Hosts", _distinct(hosts)))
     facts.append(("Dates", _dates(sweep)))
-    facts.append(("Read from", f"runs/*/{sweep.source.files}"))
+    facts.append(("Read from", sweep.source.place))
     return [(name, value) for name, value in facts if value]
 
 

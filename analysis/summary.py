@@ -16,6 +16,7 @@ from analysis.statistics import Estimate, Interval, estimate, interquartile
 from pipeline.config import Config
 from pipeline.identity import identity_fields
 
+_TASK_LETTERS = 24  # of a value: a fingerprint is longer
 TRAIN_WINDOW = 0.05  # the final training loss is the mean over this last share of the tokens
 
 
@@ -27,7 +28,7 @@ class RunNumbers:
     tokens: float | None
     mean_batch: float | None  # sequences per step
     final_batch: float | None
-    train_loss: float | None  # mean over the last 5 % of the run's tokens
+    train_loss: float | None  # mean over the last 5 % of the run's tokens, or steps where none are counted
     val_loss: float | None  # after the last step
     seconds: float | None  # of training, without evaluation
     tokens_per_second: float | None
@@ -41,6 +42,7 @@ class Schedule:
     axes: dict[str, str]
     settings: dict[str, str]  # of the batch group, where schedules differ
     rest: str | None  # every other setting that decides a result, to tell like from unlike
+    task: dict[str, str]  # what its losses are losses of; {} where nothing is known
     runs: list[Run]  # that count or are to come
     superseded: list[Run]  # by a newer finished run of the same seed: they count nowhere
     numbers: dict[int, RunNumbers]  # by point, finished runs only
@@ -55,7 +57,9 @@ class Schedule:
 
     @property
     def budgets(self) -> set[int]:
-        return {run.config.budget_tokens for run in self.runs if run.config}
+        """In tokens; of runs whose budget nobody wrote down, what they have read."""
+        known = {run.config.budget_tokens for run in self.runs if run.config}
+        return known or {round(n.tokens) for n in self.numbers.values() if n.tokens is not None}
 
     def mean(self, number: str) -> float | None:
         found = estimate([v for n in self.numbers.values() if (v := getattr(n, number)) is not None])
@@ -66,29 +70,24 @@ class Schedule:
         return {seed: value for seed, value in values.items() if value is not None}
 
 
-def run_numbers(record: pl.DataFrame) -> dict[int, RunNumbers]:
+def run_numbers(rows: Mapping[int, pl.DataFrame]) -> dict[int, RunNumbers]:
     """The numbers of every point that has a record."""
-    return {int(key[0]): _numbers(rows) for key, rows in record.group_by("point", maintain_order=True)}
+    return {point: _numbers(own) for point, own in rows.items()}
 
 
 def _numbers(rows: pl.DataFrame) -> RunNumbers:
-    training = rows.filter(pl.col("batch/size").is_not_null())
-    if training.is_empty():
-        return RunNumbers(None, None, None, None, None, None, None, None)
     # Of the last row, whichever kind: a throttled log may hold the final evaluation, not the step before it.
-    steps, tokens, seconds, sequences = (
-        float(rows[column][-1]) for column in ("step", "tokens", "time", "sequences")
-    )
+    steps, tokens, seconds, sequences = rows.select("step", "tokens", "time", "sequences").row(-1)
     evaluations = rows.filter(pl.col("val/loss").is_not_null() & (pl.col("step") == steps))
     return RunNumbers(
         steps=steps,
         tokens=tokens,
-        mean_batch=sequences / steps,
-        final_batch=_final_batch(training),
-        train_loss=_final_train_loss(training),
+        mean_batch=sequences / steps if sequences and steps else None,
+        final_batch=_final_batch(rows.filter(pl.col("batch/size").is_not_null())),
+        train_loss=_final_train_loss(rows.filter(pl.col("train/loss").is_not_null())),
         val_loss=None if evaluations.is_empty() else float(evaluations["val/loss"][-1]),
         seconds=seconds,
-        tokens_per_second=tokens / seconds if seconds > 0 else None,
+        tokens_per_second=tokens / seconds if tokens and seconds else None,
     )
 
 
@@ -98,18 +97,20 @@ def is_cut(training: pl.DataFrame) -> bool:
     return requested is not None and training["batch/size"][-1] < requested and len(training) > 1
 
 
-def _final_batch(training: pl.DataFrame) -> float:
-    return float(training["batch/size"][-2 if is_cut(training) else -1])
+def _final_batch(training: pl.DataFrame) -> float | None:
+    return None if training.is_empty() else float(training["batch/size"][-2 if is_cut(training) else -1])
 
 
 def _final_train_loss(training: pl.DataFrame) -> float | None:
     """Mean loss per token over the window: each step counts by its tokens inside it."""
-    end = float(training["tokens"][-1])
-    start = end * (1 - TRAIN_WINDOW)
-    before = pl.col("tokens").shift(1).fill_null(0.0)
+    if training.is_empty():
+        return None
+    axis = "step" if training["tokens"].has_nulls() else "tokens"
+    start = float(training[axis][-1]) * (1 - TRAIN_WINDOW)
+    before = pl.col(axis).shift(1).fill_null(0.0)
     inside = training.select(
-        loss="train/loss", weight=pl.col("tokens") - pl.max_horizontal(before, pl.lit(start))
-    ).filter((pl.col("weight") > 0) & pl.col("loss").is_not_null())
+        loss="train/loss", weight=pl.col(axis) - pl.max_horizontal(before, pl.lit(start))
+    ).filter(pl.col("weight") > 0)
     if inside.is_empty():
         return None
     return float(np.average(inside["loss"].to_numpy(), weights=inside["weight"].to_numpy()))
@@ -135,12 +136,13 @@ def _groups(runs: Sequence[Run]) -> list[list[Run]]:
         if run.config:
             key = (frozenset(run.setting.items()), _fingerprint(run.config))
             groups.setdefault(key, []).append(run)
-    without: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    without: dict[tuple[frozenset[tuple[str, str]], ...], list[Run]] = {}
     for run in runs:
         if not run.config:
             axes = frozenset(run.setting.items())  # may hold axes that the schedule does not read
             known = (group for (setting, _), group in groups.items() if setting <= axes)
-            next(known, without.setdefault(axes, [])).append(run)
+            own = without.setdefault((axes, frozenset(run.task.items())), [])
+            next(known, own).append(run)
     found = [sorted(g, key=lambda run: run.point) for g in [*groups.values(), *without.values()] if g]
     return sorted(found, key=lambda group: group[0].point)
 
@@ -193,6 +195,7 @@ def _schedule(
         axes=_setting(runs),
         settings=settings,
         rest=_fingerprint(config, "batch") if config else None,
+        task=next((run.task for run in runs if run.task), {}),
         runs=kept,
         superseded=superseded,
         numbers=finished,
@@ -248,6 +251,22 @@ def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
     counts = Counter(item for own in known for item in own.items())
     shared = {item for item, n in counts.items() if n == len(known) > 1}
     return [{key: value for key, value in own.items() if (key, value) not in shared} for own in settings]
+
+
+def comparable(one: Schedule, other: Schedule) -> bool:
+    """Whether their losses are losses of the same task, as far as that is known."""
+    return one.task == other.task or not one.task or not other.task
+
+
+def tasks(schedules: Sequence[Schedule]) -> dict[str, list[Schedule]]:
+    """The schedules of each task, which goes by what tells it from the others."""
+    found: dict[tuple[tuple[str, str], ...], list[Schedule]] = {}
+    for schedule in schedules:
+        if schedule.task:
+            found.setdefault(tuple(schedule.task.items()), []).append(schedule)
+    differing = _distinguishing([dict(task) for task in found])
+    names = [", ".join(f"{key}={value[:_TASK_LETTERS]}" for key, value in own.items()) for own in differing]
+    return dict(zip(names, found.values(), strict=True))
 
 
 def _show(value: object) -> str:

@@ -26,7 +26,7 @@ from analysis.statistics import (
     paired_difference,
     t_factor,
 )
-from analysis.summary import Schedule, in_short
+from analysis.summary import Schedule, comparable, in_short, tasks
 from pipeline.config import ConfigError, nearest
 
 SAME_BUDGET = 0.01  # budgets that differ by at most this share count as equal tokens
@@ -117,6 +117,7 @@ def counterpart(
         candidate
         for candidate in schedules
         if is_baseline(candidate, baseline)
+        and comparable(candidate, schedule)
         and all(wanted.get(axis, value) == value for axis, value in candidate.axes.items())
     ]
     return min(candidates, key=lambda candidate: candidate.rest != schedule.rest, default=None)
@@ -318,16 +319,20 @@ def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
     ranked = [s for s in schedules if s.val_loss and math.isfinite(s.val_loss.mean)]
     if not ranked:
         return "No run has finished, so there is nothing to compare yet."
+    if len(parts := tasks(ranked)) > 1:
+        own = (f"{name}: {headline(each, comparisons)}" for name, each in parts.items())
+        return f"Runs of {len(parts)} tasks, whose losses are no comparison. {' '.join(own)}"
     budgets = set().union(*(s.budgets for s in ranked))
     if not _equal_budgets(budgets):
         spread = f"{text.compact(min(budgets))} to {text.compact(max(budgets))}"
         return f"Runs trained on {spread} tokens; only schedules with the same budget are compared."
     best = min(ranked, key=lambda s: s.val_loss.mean if s.val_loss else math.inf)
-    tokens, seeds = text.compact(max(budgets)), best.val_loss.n if best.val_loss else 0
+    after = f" after {text.compact(max(budgets))} tokens" if budgets else ""
+    seeds = best.val_loss.n if best.val_loss else 0
     if len(ranked) == 1:
-        return f"{best.label} ends at validation loss {_loss(best)} after {tokens} tokens."
+        return f"{best.label} ends at validation loss {_loss(best)}{after}."
     runs = "1 seed" if seeds == 1 else f"{seeds} seeds"
-    lead = f"{best.label} has the lowest mean validation loss after {tokens} tokens: {_loss(best)} ({runs})"
+    lead = f"{best.label} has the lowest mean validation loss{after}: {_loss(best)} ({runs})"
     level = [c for c in comparisons if c.kind == "not distinguishable"]
     if other := next((c.baseline for c in level if c.schedule == best.label), None):
         return f"{lead}, not distinguishable from {other}."
@@ -360,6 +365,11 @@ def cautions(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
         for s in schedules
         if s.diverged
     ]
+    if len(parts := tasks(schedules)) > 1:
+        notes.append(
+            f"Runs of {len(parts)} tasks ({'; '.join(parts)}): a loss of one says nothing about another. "
+            f"Each schedule is compared with a baseline of its own task alone; the figures show all."
+        )
     axes = [schedule.axes for schedule in schedules]
     if any(axes.count(own) > 1 for own in axes):
         notes.append(

@@ -103,7 +103,7 @@ def read_run(path: Path, metrics: Collection[str] | None = None) -> WandbRun:
         group=run.run_group,
         tags=list(run.tags),
         started=started.seconds + started.nanos * 1e-9 if run.HasField("start_time") else None,
-        config={key: value for key, value in _flat(config).items() if key.split(".")[0] != "_wandb"},
+        config={key: value for key, value in flattened(config).items() if key.split(".")[0] != "_wandb"},
         rows=rows,
         exit_code=exit_code,
         warning=_warning(path, len(data), lost, len(records)),
@@ -223,9 +223,9 @@ def _update(config: dict[str, Any], changes: Any) -> None:
         config[key] = json.loads(item.value_json)
 
 
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+def flattened(tree: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = _flat(value) if isinstance(value, dict) else {}
+        inner = flattened(value) if isinstance(value, dict) else {}
         flat |= {f"{key}.{name}": leaf for name, leaf in inner.items()} or {key: value}
     return flat

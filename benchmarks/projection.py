@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from analysis.load import record_table
+from analysis.records import table
 from analysis.step_cost import Machine, StepTrace, cells, checks, cost, step_trace
 from analysis.synchronisation import Network
 from benchmarks.step import trainer
@@ -109,7 +109,7 @@ def train(
             raise
     machine = Machine(os.cpu_count() or 1, None)
     runs = [(composed, RunDirectory.of(composed).rows()) for own in configs.values() for composed in own]
-    return [step_trace(composed, machine, record_table(0, rows)) for composed, rows in runs], others
+    return [step_trace(composed, machine, table(rows)) for composed, rows in runs], others
 
 
 def other_processes() -> int:

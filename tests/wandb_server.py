@@ -1,8 +1,8 @@
 """A stand-in for wandb's server on a loopback port: enough of its protocol for the real client of wandb 0.31 to
 upload runs (`wandb sync`, mode="online") and to read them (`wandb.Api().runs(…, lazy=False)`, `scan_history`).
 
-It is not the real server: it takes rows at the offsets that the client names, never samples, exports nothing as
-parquet, and filters runs by equality alone.
+It is not the real server: it takes rows at the offsets that the client names, never samples, exports rows as
+parquet only when told to (`Run.export`), and knows few of the filters: equality, $in and $regex.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import functools
 import gzip
+import io
 import json
 import re
 import sys
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urlparse
+
+import polars as pl
 
 ENTITY = "team"  # of the API key
 API_KEY = "0123456789" * 4
@@ -45,6 +48,10 @@ class Run:
     files: dict[str, bytes] = field(default_factory=dict)
     streams: dict[str, dict[int, str]] = field(default_factory=dict)  # lines of a file, by offset
     received: int = 0  # rows of history, repeated ones as often as they came
+    heartbeat: int = 0  # how often it gave a sign of life
+    line_count: int | None = None  # what is said of the number of rows, where it is not true
+    exported: bytes | None = None  # the first rows, as parquet
+    exported_rows: int = 0
 
     @property
     def path(self) -> str:
@@ -66,6 +73,7 @@ class Run:
 
     def stream(self, body: Json) -> Json:
         """Takes lines at the offsets that they come with, and the answer to that."""
+        self.heartbeat += 1
         for name, chunk in (body.get("files") or {}).items():
             lines = dict(enumerate(chunk["content"], start=chunk["offset"]))
             self.streams.setdefault(name, {}).update(lines)
@@ -77,6 +85,13 @@ class Run:
             self.exit_code = body["exitcode"]
             self.state = "failed" if self.exit_code else "finished"
         return {"exitcode": None, "limits": {}}
+
+    def export(self) -> None:
+        """As the real server does it now and then: what is there so far, absent values as null."""
+        self.exported_rows = len(self.rows)
+        file = io.BytesIO()
+        pl.DataFrame(self.rows, infer_schema_length=None).write_parquet(file)
+        self.exported = file.getvalue()
 
     def node(self) -> Json:
         """As GraphQL shows it: what is free of form is JSON within JSON."""
@@ -92,9 +107,9 @@ class Run:
             "summaryMetrics": json.dumps(self.summary),
             "systemMetrics": "{}",
             "historyKeys": self.history_keys(),
-            "historyLineCount": len(self.rows),
+            "historyLineCount": len(self.rows) if self.line_count is None else self.line_count,
             "createdAt": _NOW,
-            "heartbeatAt": _NOW,
+            "heartbeatAt": f"2026-01-01T{self.heartbeat // 60:02}:{self.heartbeat % 60:02}:00Z",
             "readOnly": False,
             "sweepName": None,
             "commit": None,
@@ -126,6 +141,7 @@ class WandbServer:
         self.views: dict[str, Json] = {}  # W&B Reports, by id
         self.calls: list[str] = []  # names of GraphQL operations, and "file_stream"
         self.unknown: list[str] = []
+        self.forbidden: set[str] = set()  # projects that the login may not read: they are as if they were not
         self._failures: list[tuple[int, str]] = []  # HTTP status, and what it befalls
         self._lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"stand_in": self})
@@ -172,7 +188,9 @@ class WandbServer:
 
     # --- what the client asks
 
-    def answer(self, method: str, path: str, authorization: str | None, body: bytes) -> tuple[int, Json]:
+    def answer(
+        self, method: str, path: str, authorization: str | None, body: bytes
+    ) -> tuple[int, Json | bytes]:
         """The HTTP status and what goes with it."""
         with self._lock:
             match method, [unquote(part) for part in path.strip("/").split("/")]:
@@ -185,6 +203,8 @@ class WandbServer:
                     reply = functools.partial(self._run(entity, project, id_).stream, json.loads(body))
                 case ("GET", [""]) | ("POST", ["sdk", "otel", *_]):  # the latter: the client's own statistics
                     return 200, {}
+                case "GET", ["parquet", id_]:  # the same
+                    return 200, self.runs[id_].exported or b""
                 case "PUT", ["storage", entity, project, id_, *name]:  # a signed address: it needs no key
                     self._run(entity, project, id_).files["/".join(name)] = body
                     return 200, {}
@@ -245,13 +265,21 @@ class WandbServer:
             case "RunHistoryKeys":
                 return {"project": {"run": {"historyKeys": self.runs[v["name"]].history_keys()}}}
             case "RunParquetHistory":  # none: all of it is "live"
-                live = {"parquetUrls": [], "liveData": [{"_step": 0}]}
-                return {"project": {"run": {"parquetHistory": live}}}
+                run = self.runs[v["runName"]]
+                urls = [f"{self.url}/parquet/{run.id}"] if run.exported is not None else []
+                live = [{"_step": row["_step"]} for row in run.rows[run.exported_rows :][:1]]
+                parts = {"parquetUrls": urls, "liveData": live if urls else [{"_step": 0}]}
+                return {"project": {"run": {"parquetHistory": parts}}}
             case "GetProjects":
-                names = sorted({run.project for run in self.runs.values() if run.entity == v["entity"]})
-                nodes = [{"id": n, "name": n, "entityName": v["entity"], "createdAt": _NOW, "isBenchmark": False, "user": None} for n in names]  # fmt: skip
-                edges = [{"node": node, "cursor": node["name"]} for node in nodes]
-                return {"models": {"edges": edges, "pageInfo": {"endCursor": "", "hasNextPage": False}}}
+                found = {run.project: run for run in self.runs.values() if run.entity == v["entity"]}
+                nodes = [
+                    {"__typename": "Project", "id": name, "name": name, "entityName": v["entity"]}
+                    | {"createdAt": _NOW, "isBenchmark": False, "user": None}
+                    for name in found
+                    if name not in self.forbidden
+                ]
+                info = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+                return {"models": {"pageInfo": info, "edges": [{"node": node} for node in nodes]}}
             case "ProjectInternalId":
                 return {"project": {"id": v["projectName"], "internalId": "1"}}
             case "upsertView":
@@ -270,16 +298,20 @@ class WandbServer:
         return None
 
     def _runs(self, v: Json) -> Json | None:
-        """A page of a project's runs; None for a filter that is none of equality."""
+        """A page of a project's runs; None for a filter that it does not know."""
         wanted = json.loads(v.get("filters") or "{}")
-        if not set(wanted) <= {"group", "state", "name"}:
+        if not set(wanted) <= {"group", "state", "name", "displayName", "jobType", "tags"}:
             return None
         nodes = [
             run.node()
             for run in self.runs.values()
             if (run.entity, run.project) == (v["entity"], v["project"])
         ]
-        nodes = [node for node in nodes if all(node[key] == value for key, value in wanted.items())]
+        if not nodes or v["project"] in self.forbidden:
+            return {"project": None}
+        nodes = [node for node in nodes if all(_passes(node[key], each) for key, each in wanted.items())]
+        if v.get("order", "").startswith("-"):
+            nodes.reverse()
         start = int(v.get("cursor") or 0)
         page = nodes[start : start + (v.get("perPage") or 50)]
         end = start + len(page)
@@ -287,6 +319,18 @@ class WandbServer:
         edges = [{"node": node, "cursor": str(start + i + 1)} for i, node in enumerate(page)]
         runs = {"edges": edges, "pageInfo": info}
         return {"project": {"internalId": "1", "runCount": len(nodes), "readOnly": False, "runs": runs}}
+
+
+def _passes(value: Any, wanted: Any) -> bool:
+    """Whether a value, or one of a list, is what a filter wants."""
+    if isinstance(value, list):
+        return any(_passes(each, wanted) for each in value)
+    match wanted:
+        case {"$in": options}:
+            return value in options
+        case {"$regex": pattern}:
+            return re.search(pattern, value or "") is not None
+    return bool(value == wanted)
 
 
 class _Http(ThreadingHTTPServer):
@@ -307,16 +351,27 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
-        path = urlparse(self.path).path
-        status, answer = self.stand_in.answer(self.command, path, self.headers.get("Authorization"), body)
-        data = json.dumps(answer).encode()
+        path, method = urlparse(self.path).path, "GET" if self.command == "HEAD" else self.command
+        status, answer = self.stand_in.answer(method, path, self.headers.get("Authorization"), body)
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        first, last = 0, len(data) - 1
+        if part := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or ""):
+            start, end = part.groups()
+            first = int(start) if start else max(0, len(data) - int(end))
+            last = min(int(end), last) if start and end else last
+            status = 206
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        self.send_header("Accept-Ranges", "bytes")
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[first : last + 1]
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
-    do_GET = do_PUT = do_POST
+    do_GET = do_PUT = do_HEAD = do_POST
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Nothing, or it would fill the output of the tests."""

@@ -1,4 +1,4 @@
-"""The same sweep from its record and from wandb's files."""
+"""The same sweep from its record, from wandb's files and from wandb's server."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from analysis.__main__ import main
 from analysis.load import load_sweep
 from analysis.report import build
 from analysis.tables import to_json
+from launchers.__main__ import main as launchers
 from pipeline.config import ConfigError
 from pipeline.store import Row, RunDirectory
 from tests.analysis.synthetic import Point, short_run, write_sweep
 from tests.analysis.wandb_log import write_attempt
+from tests.wandb_server import ENTITY, WandbServer
 
 # --- trained with wandb's client -------------------------------------------------------------------------
 
@@ -79,7 +81,7 @@ def stop_halfway(process: subprocess.Popen[str], home: Path) -> None:
 def report(sweep: str, source: str) -> dict[str, Any]:
     content = to_json(build(load_sweep(sweep, source), [], written=0.0))
     assert content.pop("source") == source
-    assert content["settings"].pop("Read from").startswith("runs/*/")
+    assert content["settings"].pop("Read from")
     return content
 
 
@@ -96,6 +98,20 @@ def test_both_sources_make_the_same_report(trained: Path) -> None:
     assert len(list(directory.path.glob("wandb/offline-run-*/run-*.wandb"))) == 2
     written_rows = directory.metrics_file.read_bytes().count(b"\n")
     assert written_rows > len(directory.rows()), "no step was trained twice"
+
+
+@pytest.mark.slow
+def test_the_server_makes_the_same_report(
+    trained: Path, wandb_server: WandbServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sent by `python -m launchers sync`, read with wandb's own client."""
+    monkeypatch.setenv("CRESCENDO_HOME", str(trained))
+    assert launchers(["sync", "every"]) == 0
+    assert len(wandb_server.runs) == 5, "one for each attempt"
+    source = f"wandb:{ENTITY}/crescendo"
+    assert report("every", source) == report("every", "record")
+    first, second = (load_sweep("every", source).record for source in ("record", source))
+    assert first.equals(second) and len(first) > 400
 
 
 @pytest.mark.slow
@@ -140,6 +156,15 @@ def test_a_later_attempt_replaces_earlier_rows_from_its_first_step_on(home: Path
     run = sweep_of([*first, *second])
     for attempt, rows in ((2, second), (1, first)):  # whatever the order in which they are found
         write_attempt(run.path, attempt, rows)
+    assert load_sweep("s", "wandb-offline").record.equals(load_sweep("s").record)
+
+
+def test_attempts_count_in_their_order_not_in_that_of_their_files(home: Path) -> None:
+    first = [{**row, "attempt": 9} for row in short_run(9.0, steps=8)[:4]]
+    second = [{**row, "attempt": 10} for row in short_run(2.0, steps=8)[4:]]
+    run = sweep_of([*first, *second])
+    files = [write_attempt(run.path, attempt, rows) for attempt, rows in ((9, first), (10, second))]
+    assert sorted(files) != files
     assert load_sweep("s", "wandb-offline").record.equals(load_sweep("s").record)
 
 
@@ -206,5 +231,5 @@ def test_a_wrong_source_names_the_nearest(home: Path, capsys: pytest.CaptureFixt
     assert main(["s", "--source", "wandb-ofline"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "--source wandb-ofline: no such source. Did you mean wandb-offline?",
-        "Sources: record, wandb-offline",
+        "Sources: record, wandb-offline, wandb:ENTITY/PROJECT",
     ]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.load import load_sweep, record_table
+from analysis.load import load_sweep
+from analysis.records import table
 from analysis.summary import run_numbers, summarise
 from pipeline.config import ConfigError
 from pipeline.store import Row, RunDirectory
@@ -16,7 +17,7 @@ from tests.analysis.synthetic import Point, pairs, rerun, short_run, train_row, 
 
 
 def numbers_of(rows: list[Row]) -> dict[str, float | None]:
-    return vars(run_numbers(record_table(0, rows))[0])
+    return vars(run_numbers({0: table(rows)})[0])
 
 
 def test_final_training_loss_counts_each_step_by_its_tokens_in_the_last_5_percent() -> None:
@@ -75,7 +76,7 @@ def test_every_point_is_kept_with_its_state(home: Path) -> None:
         "DONE",
         "FAILED",
         "MISSING",
-        "INTERRUPTED",
+        "LOST",
         "UNREADABLE",
         "INVALID",
     ]
@@ -83,7 +84,7 @@ def test_every_point_is_kept_with_its_state(home: Path) -> None:
     assert sweep.runs[4].problem is not None
     assert sweep.runs[4].problem.startswith("status.json cannot be read")
     assert sweep.runs[5].problem == "batch.size=6: too small"
-    schedules = summarise(sweep, run_numbers(sweep.record))
+    schedules = summarise(sweep, run_numbers(sweep.rows))
     assert [(s.label, len(s.runs), len(s.finished)) for s in schedules] == [
         ("constant_16", 5, 1),
         ("constant_6", 1, 0),
@@ -101,7 +102,7 @@ def test_a_superseded_step_counts_once(home: Path) -> None:
     first = short_run(9.0, train_loss=9.0)[:3]
     second = [{**row, "attempt": 2} for row in short_run(2.0, train_loss=3.0)[1:]]
     write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, [*first, *second])])
-    found = run_numbers(load_sweep("s").record)[0]
+    found = run_numbers(load_sweep("s").rows)[0]
     assert (found.steps, found.train_loss, found.val_loss) == (4, 3.0, 2.0)
 
 
@@ -109,7 +110,7 @@ def test_only_seeds_vary(home: Path) -> None:
     points = [Point({"seed": str(seed)}, short_run(2.0 + seed)) for seed in range(2)]
     write_sweep("s", points, common=("experiment=demo", "batch=norm_test"))
     sweep = load_sweep("s")
-    (schedule,) = summarise(sweep, run_numbers(sweep.record))
+    (schedule,) = summarise(sweep, run_numbers(sweep.rows))
     assert schedule.label == "norm_test"
     assert schedule.val_loss is not None and schedule.val_loss.mean == 2.5
 
@@ -117,7 +118,7 @@ def test_only_seeds_vary(home: Path) -> None:
 def test_settings_name_what_tells_schedules_apart(home: Path) -> None:
     write_sweep("s", pairs({"constant_16": [2.0], "constant_64": [2.0], "stages": [2.0]}))
     sweep = load_sweep("s")
-    schedules = summarise(sweep, run_numbers(sweep.record))
+    schedules = summarise(sweep, run_numbers(sweep.rows))
     assert schedules[0].settings["size"] == "16" and schedules[1].settings["size"] == "64"
     assert schedules[2].settings["sizes"] == "[16, 32, 64]"
     assert "eta" not in schedules[0].settings
@@ -153,7 +154,7 @@ def test_a_point_without_what_it_needs_is_named(home: Path, missing: str) -> Non
 def test_a_run_is_running_only_while_someone_holds_it(home: Path) -> None:
     write_sweep("s", [Point({"batch": "constant_16", "seed": "0"}, short_run(2.0)[:1], "RUNNING")])
     (run,) = load_sweep("s").runs
-    assert run.state == "INTERRUPTED"
+    assert run.state == "LOST"
     with RunDirectory(home / "runs" / str(run.id)).lock():
         assert load_sweep("s").runs[0].state == "RUNNING"
 
@@ -167,7 +168,7 @@ def test_of_two_finished_runs_of_a_seed_the_newest_counts(home: Path, later: flo
     old = load_sweep("s").runs[0]
     new = rerun("s", str(old.id), short_run(3.0), "DONE", time.time() + later)
     sweep = load_sweep("s")
-    (schedule,) = summarise(sweep, run_numbers(sweep.record))
+    (schedule,) = summarise(sweep, run_numbers(sweep.rows))
     assert schedule.val_loss is not None and schedule.train_loss is not None
     assert schedule.val_loss.n == schedule.train_loss.n == 2
     assert schedule.by_seed("val_loss") == {"0": loss, "1": 2.5}
@@ -184,7 +185,7 @@ def test_an_unfinished_run_is_superseded_by_a_newer_finished_one_only(
     write_sweep("s", pairs({"constant_16": [2.0]}))
     rerun("s", str(load_sweep("s").runs[0].id), short_run(9.0)[:2], "FAILED", time.time() + later)
     sweep = load_sweep("s")
-    (schedule,) = summarise(sweep, run_numbers(sweep.record))
+    (schedule,) = summarise(sweep, run_numbers(sweep.rows))
     assert len(schedule.superseded) == superseded and len(schedule.finished) == 1
     assert schedule.val_loss is not None and schedule.val_loss.mean == 2.0
 

@@ -248,7 +248,7 @@ def test_a_target_that_is_no_loss(home: Path, capsys: pytest.CaptureFixture[str]
 def test_the_screen_has_one_line_about_the_target(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "png", lambda spec: b"image")
+    monkeypatch.setattr(figures, "images", lambda spec: {"png": b"", "pdf": b"", "svg": b""})
     write_sweep("s", sweep(constant_16=BASELINE, norm_test=[falling(50, 100, 200)] * 2))
     assert main(["s", "--target", "3"]) == 0
     shown = capsys.readouterr().out
