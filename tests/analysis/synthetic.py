@@ -20,6 +20,7 @@ from pipeline.config import Config
 from pipeline.store import MetricsWriter, Row, RunDirectory, State, Status, home
 from tests.support import config
 
+UNIT = 8  # sequences of a micro-batch on each of the demo's ranks
 HOUR_ZERO = 1_760_000_000.0  # 2025-10-09 08:53:20 UTC
 
 
@@ -121,7 +122,7 @@ def train_row(step: int, tokens: int, loss: float, size: int, seconds: float, **
         "lr": 1e-3,
         "batch/size": size,
         "batch/requested": more.pop("requested", size),
-        "batch/accumulation": 1,
+        "batch/accumulation": -(-size // UNIT),
         "grad/norm": 1.0,
         "throughput/tokens_per_s": 1.0,
         **more,

@@ -434,7 +434,8 @@ def test_batches_that_follow_from_comparing_ranks_are_marked():
 
 def test_the_error_quoted_is_the_benchmarks():
     found: dict[str, Any] = json.loads((ROOT / projection.BENCHMARK).read_text())
-    errors = [abs(check["error"]) for check in found["figures"]["errors"]]
+    again = found["repetition"]["errors on 1, 2 and 4"]
+    errors = [abs(error) for error in (*(check["error"] for check in found["figures"]["errors"]), *again)]
     assert f"{max(errors):.0%}" == f"{projection.BENCHMARK_ERROR:.0%}"
 
 
@@ -489,10 +490,10 @@ def test_a_run_without_a_note_of_its_machine_is_still_projected(home: Path):
 
 @pytest.mark.slow
 def test_real_runs_on_1_2_and_4_processes_predict_each_other(home: Path, small_corpus: list[str]):
-    """Other work on the machine moves the times by more than the model is off: the benchmark has the figures.
-    This catches what is grossly wrong; the tests above have exact steps."""
-    runs, _ = benchmarks.projection.train(rounds=25, more=small_corpus)
+    """Other work on the machine moves the times by more than the model is off (benchmarks.projection): this
+    catches what is grossly wrong, the tests above have exact steps."""
+    runs = benchmarks.projection.train(rounds=1, more=small_corpus)
     found = checks(cells(runs, Network()))
     assert [(c.ranks, c.from_ranks) for c in found] == [(1, (2, 4)), (2, (1, 4)), (4, (1, 2))]
     ratios = [check.predicted_s / check.measured_s for check in found]
-    assert all(1 / 8 < ratio < 8 for ratio in ratios), (ratios, cells(runs, Network()))
+    assert all(1 / 2 < ratio < 2 for ratio in ratios), (ratios, cells(runs, Network()))
