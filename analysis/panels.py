@@ -243,13 +243,14 @@ def _log_ticks(axis: Axis, ends: list[float]) -> Spec:
 def gpus_panel(name: str, data: Dataset, quantity: Quantity, unit: str, labels: Sequence[str]) -> Panel:
     """One line for each schedule. `unit`: of the values, for the tooltip."""
     color, dash, _ = _schedule_scales(labels)
-    ends = [min(data["gpus"]), max(data["gpus"])]
+    counts = sorted(set(data["gpus"]))
+    ticks = counts[:: -math.ceil(len(counts) / 5)]  # the last one in any case
     x: Spec = {
         "field": "gpus",
         "type": "quantitative",
         "title": "GPUs",
-        "scale": {"type": "log", "base": 2, "nice": False, "domain": ends},
-        "axis": {**_log_axis(ends[0], ends[1], 2), "labelExpr": "format(datum.value, ',')"},
+        "scale": {"type": "log", "base": 2, "nice": False, "domain": [counts[0], counts[-1]]},
+        "axis": {"values": ticks, "tickCount": len(ticks), "labelExpr": "format(datum.value, ',')"},
     }
     y: Spec = {"field": "y", "type": "quantitative", "title": quantity.title}
     y |= {"scale": quantity.scale, "axis": quantity.axis}

@@ -27,6 +27,7 @@ def latex(report: Report) -> dict[str, str]:
         "runs": tabular(_RUNS, _runs(report), 4),
         "equal": tabular(_EQUAL, _equal(report), 3),
         "targets": tabular(_TARGETS, _targets(report), 2),
+        "projection": tabular(_PROJECTION, _projection(report), 1),
         "lau_table": tabular(LAU, lau_blocks(report), 1),
     }
     return {name: source for name, source in made.items() if source.count(r"\midrule")}
@@ -177,6 +178,26 @@ def _reach_row(reach: Reach) -> list[str]:
         Strong(ratio) if reach.kind == "sooner" else ratio,
         text.probability(reach.p_adjusted),
     ]
+
+
+# --- on other numbers of GPUs ----------------------------------------------------------------------------
+
+_PROJECTION = ("schedule", "GPUs", "training time", "GPU-hours", "speed-up")
+
+
+def _projection(report: Report) -> Blocks:
+    rows = [
+        [
+            outlook.schedule,
+            f"{forecast.gpus:,}",
+            text.duration(forecast.seconds),
+            text.compact(forecast.gpu_hours, 3),
+            text.MISSING if forecast.speedup is None else f"{forecast.speedup:.2g}×",
+        ]
+        for outlook in report.projection.outlooks
+        for forecast in outlook.forecasts
+    ]
+    return [("", rows)] if rows else []
 
 
 # --- Lau et al. 2024 -------------------------------------------------------------------------------------

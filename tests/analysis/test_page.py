@@ -36,9 +36,10 @@ def test_charts_are_drawn(page: Browser, demo: Path, width: int, height: int, sc
     page.open(demo / "report.html")
     page.wait(DRAWN.format(scheme))
     assert page.problems() == []
-    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 7
-    # 4 mean lines and 9 runs in both losses, batch and throughput, 1 and 2 in the noise scale, 2 fronts
-    assert page.evaluate(MARKS) == 4 * 13 + 3 + 2
+    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 9
+    # 4 mean lines and 9 runs in both losses, batch and throughput, 1 and 2 in the noise scale, 2 fronts, 4 lines
+    # each of projected time and GPU-hours
+    assert page.evaluate(MARKS) == 4 * 13 + 3 + 2 + 8
     assert page.evaluate(SIDEWAYS) <= 0
     assert page.evaluate(OVERFLOWING) == []
     width_of_chart = page.evaluate(
@@ -171,7 +172,7 @@ def test_the_pointer_finds_the_numbers_of_a_mean(page: Browser, demo: Path) -> N
 
 def test_one_choice_of_the_axis_governs_all_curves(page: Browser, demo: Path) -> None:
     opened(page, demo / "report.html")
-    titles = """[...document.querySelectorAll('[data-chart] svg .role-axis-title text')].map(e => e.textContent)
+    titles = """[...document.querySelectorAll('[data-chart]:not([data-chart^=projected]) svg .role-axis-title text')].map(e => e.textContent)
         .filter(text => /tokens$|steps$|time \\(s\\)$|FLOPs$/.test(text))"""
     fronts = ["optimizer steps", "training time (s)"]
     assert page.evaluate(titles) == [*fronts, *["tokens"] * 5]
@@ -398,11 +399,11 @@ def test_a_chart_that_cannot_be_drawn_says_so(page: Browser, demo: Path, tmp_pat
     broken.write_text(html.replace(start, start + "null,"))
     opened(page, broken)
     assert "could not be drawn" in page.evaluate("document.querySelector('[data-chart=batch]').innerText")
-    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 6
+    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 8
     assert page.evaluate("document.querySelectorAll('thead button').length") > 20
     page.evaluate("document.querySelector('[name=axis][value=step]').click()")
     page.wait(DRAWN.format("light"))
-    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 7
+    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 9
 
 
 @pytest.mark.parametrize("state", ["nothing finished", "one run", "diverged", "nothing recorded"])
@@ -440,7 +441,7 @@ def test_a_page_of_100_long_runs_is_small_and_soon_there(page: Browser, home: Pa
     took = []
     for _ in range(3):  # the best counts, since other work may disturb one
         opened(page, path)
-        assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 7
+        assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 9
         took.append(page.evaluate("Number(document.body.dataset.drawn)"))
     assert min(took) < 2000, took
     assert page.problems() == []

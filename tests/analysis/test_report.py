@@ -56,12 +56,15 @@ def content(demo: Path) -> dict[str, Any]:
 
 def test_all_files_are_there_and_small(demo: Path) -> None:
     names = {path.relative_to(demo).as_posix() for path in demo.rglob("*") if path.is_file()}
-    images = {"tradeoff", "validation_loss", "training_loss", "batch_size", "noise_scale", "throughput"}
+    images = {
+        *("tradeoff", "validation_loss", "training_loss", "batch_size", "noise_scale", "throughput"),
+        "projection",
+    }
     assert names == {
         *("report.html", "report.md", "report.json", "tables/lau_table.md"),
         *(
             f"tables/{name}.{kind}"
-            for name in ("schedules", "runs", "equal", "targets", "lau_table")
+            for name in ("schedules", "runs", "equal", "targets", "projection", "lau_table")
             for kind in ("csv", "parquet", "tex")
         ),
         *(f"figures/{name}.{extension}" for name in images for extension in ("png", "svg", "pdf")),
@@ -127,7 +130,7 @@ def test_the_comparisons_of_the_json_are_those_of_the_tables(
             value = found[key]
             assert value == (None if cell == "" else cell if isinstance(value, str) else float(cell)), key
     assert content["tables"] == [
-        f"tables/{t}.csv" for t in ("schedules", "runs", "equal", "targets", "lau_table")
+        f"tables/{t}.csv" for t in ("schedules", "runs", "equal", "targets", "projection", "lau_table")
     ]
 
 
@@ -239,7 +242,7 @@ def test_failed_and_refused_runs_are_listed_with_the_way_on(demo: Path, content:
 
 def test_figures_of_the_markdown_exist(demo: Path) -> None:
     links = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (demo / "report.md").read_text())
-    assert len(links) == 6 and all((demo / link).exists() for link in links)
+    assert len(links) == 7 and all((demo / link).exists() for link in links)
 
 
 FIVE = [2.0, 2.1, 2.3, 2.9, 2.2]
@@ -326,10 +329,10 @@ def test_the_page_is_accessible(page: Page) -> None:
         if reference := attributes.get("aria-labelledby"):
             assert reference in identifiers
     charts = [attributes for _, attributes in page.tags if "data-chart" in attributes]
-    assert len(charts) == 7
+    assert len(charts) == 9
     assert all(len(str(chart["aria-label"])) > 60 and chart["role"] == "img" for chart in charts)
     scrolling = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
-    assert len(scrolling) == 5 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
+    assert len(scrolling) == 6 and all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
 
 
 def luminance(color: str) -> float:
@@ -376,6 +379,7 @@ def test_figures_are_valid_and_one_schedule_looks_the_same_everywhere(home: Path
         "batch_size",
         "noise_scale",
         "throughput",
+        "projection",
     ]
 
 
