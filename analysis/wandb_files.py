@@ -7,8 +7,7 @@ the file, in which each chunk is
 
 A record is one chunk, or several where it crosses the end of a block; fewer than 7 bytes at that end are
 zeros. It is a message of wandb/proto/wandb_internal.proto, one of many kinds, of which four tell what a
-comparison needs: the run, its config, the rows that were logged, and how it ended. Only wandb's compiled
-messages are used; the rest of its Python interface changes from release to release.
+comparison needs: the run, its config, the rows that were logged, and how it ended (analysis.wandb_messages).
 
 Nothing here knows our own names. To read anybody's runs: `read_run(file)` for each run-*.wandb below their
 wandb/ folders; choose and group them by `config["optim.lr"]`, `group` or `tags`; name the metrics that are
@@ -19,7 +18,6 @@ counter that the training itself logged, never by `_step`: see analysis.sources 
 
 from __future__ import annotations
 
-import importlib
 import json
 import struct
 import zlib
@@ -30,6 +28,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from analysis.wandb_messages import Record
 from pipeline.config import ConfigError
 from pipeline.store import Row, decode
 
@@ -38,8 +37,6 @@ BLOCK = 32 * 1024
 CHUNK = struct.Struct("<IHB")
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 _CRC_OF_KIND = [zlib.crc32(bytes([kind])) for kind in range(5)]
-
-_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # the wire types of protobuf
 
 
 @dataclass(frozen=True)
@@ -73,28 +70,25 @@ def read_run(path: Path, metrics: Collection[str] | None = None) -> WandbRun:
             f"with {HEADER!r}"
         )
     records, lost = _records(data)
-    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")  # wandb takes long to import
-    fields = messages.Record.DESCRIPTOR.fields_by_name
-    wanted = {fields[kind].number for kind in ("run", "config", "history", "exit")}
-    run: Any = messages.RunRecord()
+    run: Any = Record().run
     config: dict[str, Any] = {}
     rows: list[Row] = []
     exit_code = None
     for record in records:
         try:
-            if not _holds(record, wanted):
-                continue
-            message = messages.Record.FromString(record)
-            kind = message.WhichOneof("record_type")
+            message = Record.FromString(record)
+            kind = message.WhichOneof("value")
             if kind == "history":
                 if row := _row(message.history.item, metrics):
                     rows.append(row)
             elif kind == "exit":
                 exit_code = message.exit.exit_code
-            else:
-                run = message.run if kind == "run" else run
-                _update(config, run.config if kind == "run" else message.config)
-        except (DecodeError, IndexError, ValueError):  # whole, but nothing that wandb writes
+            elif kind == "run":
+                run = message.run
+                _update(config, run.config)
+            elif kind == "config":
+                _update(config, message.config)
+        except (DecodeError, ValueError):  # whole, but nothing that wandb writes
             lost += len(record)
     started = run.start_time
     return WandbRun(
@@ -156,38 +150,6 @@ def _chunk(data: bytes, at: int, room: int) -> tuple[int, bytes] | None:
     body = data[at + CHUNK.size : at + CHUNK.size + length]
     fits = FULL <= kind <= LAST and len(body) == length <= room - CHUNK.size
     return (kind, body) if fits and zlib.crc32(body, _CRC_OF_KIND[kind]) == crc else None
-
-
-def _holds(record: bytes, fields: Collection[int]) -> bool:
-    """Whether a protobuf message has one of these fields at its top, found without parsing what they hold.
-
-    Most records are of kinds that nobody asks for. Raises IndexError when it is no such message.
-    """
-    at = 0
-    while at < len(record):
-        tag, at = _varint(record, at)
-        field, wire = tag >> 3, tag & 7
-        if field in fields:
-            return True
-        if wire == _LENGTH:
-            length, at = _varint(record, at)
-            at += length
-        elif wire == _VARINT:
-            _, at = _varint(record, at)
-        elif wire in (_FIXED64, _FIXED32):
-            at += 8 if wire == _FIXED64 else 4
-        else:
-            raise IndexError(f"no wire type: {wire}")
-    return False
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number that begins here, seven bits a byte, and where it ends."""
-    value = shift = 0
-    while (byte := data[at]) >= 0x80:
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return value | byte << shift, at + 1
 
 
 # --- what they say ---------------------------------------------------------------------------------------

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given, strategies
 
 from analysis.wandb_files import BLOCK, HEADER, WandbRun, read_run
+from analysis.wandb_messages import Record
 from pipeline.config import ConfigError
 from pipeline.store import Row, decode
 from tests.analysis.wandb_log import exit_record, framed, history_record, messages, run_record
@@ -281,3 +284,16 @@ def test_a_file_that_was_only_begun(read: Reader, length: int) -> None:
 def test_another_file_is_refused(read: Reader, data: bytes) -> None:
     with pytest.raises(ConfigError, match=r"it is no \.wandb file, which begins with b':W&B"):
         read(data)
+
+
+def test_the_messages_are_wandbs() -> None:
+    """Each field that is declared here has the number and the type that wandb's own messages give it."""
+    own = Record.DESCRIPTOR.file.message_types_by_name
+    assert set(own) >= {"Record", "HistoryItem", "ConfigItem", "RunRecord", "RunExitRecord"}
+    known = {**messages.DESCRIPTOR.message_types_by_name, "Timestamp": Timestamp.DESCRIPTOR}
+    enumerated = FieldDescriptor.TYPE_ENUM, FieldDescriptor.TYPE_INT32  # the same on the wire
+    for name, message in own.items():
+        for field in message.fields:
+            theirs = known[name].fields_by_name[field.name]
+            assert (theirs.number, theirs.is_repeated) == (field.number, field.is_repeated), field.full_name
+            assert theirs.type == field.type or (theirs.type, field.type) == enumerated, field.full_name
