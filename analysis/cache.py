@@ -21,9 +21,9 @@ from pipeline.store import home
 Key = Sequence[str | int | float | None]
 
 
-def place(*names: str) -> Path:
+def place(*folders: str, name: str) -> Path:
     """The file of this table."""
-    return home().joinpath("cache", *names).with_suffix(".parquet")
+    return home().joinpath("cache", *folders, f"{name}.parquet")  # a name may hold dots
 
 
 def load(path: Path, key: Key) -> tuple[pl.DataFrame, list[str]] | None:

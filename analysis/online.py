@@ -156,8 +156,8 @@ class _Server:
     def read(self, run: Any) -> OnlineRun:
         """With its history, from the cache where it has not changed."""
         expected, last = int(run.historyLineCount or 0), int((run.historyKeys or {}).get("lastStep", -1))
-        kept = cache.place("wandb", self.host, *self.project.split("/"), run.id)
-        key = [_VERSION, run.state, run.heartbeatAt, expected, last]
+        kept = cache.place("wandb", self.host, *self.project.split("/"), name=run.id)
+        key = [_VERSION, run.id, run.state, run.heartbeatAt, expected, last]
         warning = problem = None
         known = cache.load(kept, key)
         if known is not None:

@@ -88,7 +88,7 @@ def read_record(path: Path) -> tuple[pl.DataFrame, list[str]]:
             found.st_mtime_ns,
             *COLUMNS,
         ]
-        kept = cache.place("record", path.parent.name)
+        kept = cache.place("record", name=path.parent.name)
         if (known := cache.load(kept, key)) is not None:
             return known
         data = file.read(found.st_size)  # no more, though it grows: the key holds for so much

@@ -117,6 +117,14 @@ def test_what_has_not_changed_is_not_fetched_again(sweep: list[Run], wandb_serve
     assert len(asked(wandb_server)) == 1
 
 
+def test_ids_that_differ_after_a_dot_are_two_runs(wandb_server: WandbServer, home: Path) -> None:
+    for id_, loss in (("v1.0", 2.0), ("v1.1", 3.0)):
+        put(wandb_server, id_, short_run(loss), {})
+    for _ in range(2):  # fetched, and from the cache
+        runs = online.fetch(f"{ENTITY}/crescendo", [{}])
+        assert {run.id: run.rows["val/loss"].max() for run in runs} == {"v1.0": 2.0, "v1.1": 3.0}
+
+
 def test_a_run_that_ended_otherwise_is_fetched_again(sweep: list[Run], wandb_server: WandbServer) -> None:
     sweep[0].state = "running"
     load_sweep("s", SOURCE)

@@ -168,7 +168,7 @@ def test_two_homes_with_the_same_run_do_not_share(home: Path) -> None:
 def test_a_damaged_or_deleted_cache_is_no_hindrance(home: Path, damage: bytes | None) -> None:
     path = write(home / "runs/r/metrics.jsonl", short_run(2.0))
     first, _ = read_record(path)
-    kept = cache.place("record", "r")
+    kept = cache.place("record", name="r")
     data = kept.read_bytes()
     if damage is None:
         kept.write_bytes(data[: len(data) // 2])
