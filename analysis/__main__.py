@@ -46,13 +46,25 @@ def _report(arguments: Sequence[str] | None) -> int:
     report = build(sweep, options.baseline, time.time(), options.target, gpu_counts, network)
     # Beside the report of the record, which knows more.
     folder = home() / "reports" / sweep.name / sweep.source.folder
-    paths = write(report, folder)
-    address = _published(report, folder, options.publish) if options.publish is not None else None
+    try:
+        paths = write(report, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder}: cannot be written: {error}. CRESCENDO_HOME says where reports go"
+        ) from None
+    address = refused = None
+    if options.publish is not None:
+        try:
+            address = _published(report, folder, options.publish)
+        except ConfigError as error:
+            refused = error  # the report is there all the same
     if options.json:
         places = {"files": [str(path) for path in paths], **({"published": address} if address else {})}
         print(json.dumps({**to_json(report), **places}, indent=1, allow_nan=False))
     else:
         print("\n".join(_screen(report, paths, address)))
+    if refused:
+        raise refused
     if not report.finished:
         print(f"{report.sweep.name}: no run has finished; the report shows how far they got", file=sys.stderr)
         return 1

@@ -224,5 +224,6 @@ def _short(values: Sequence[float | None] | Array) -> list[float | int | None]:
             out.append(None)
         else:
             number = float(value)
-            out.append(int(number) if number.is_integer() else float(f"{number:.5g}"))
+            exact = number.is_integer() and abs(number) < 2**53
+            out.append(int(number) if exact else float(f"{number:.5g}"))
     return out

@@ -13,6 +13,8 @@ def decimals_for(half_width: float) -> int:
     """Decimals that show an uncertainty with two digits."""
     if not math.isfinite(half_width) or half_width <= 0:
         return LOSS_DECIMALS + 1
+    if half_width < 1e-12:  # rounding
+        return LOSS_DECIMALS + 1
     exponent = math.floor(math.log10(float(f"{half_width:.1e}")))  # 0.0996 rounds to 0.10
     return min(max(1 - exponent, 0), 6)
 

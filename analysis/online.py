@@ -110,7 +110,12 @@ class _Server:
 
         self.errors: tuple[type[Exception], ...] = (wandb.Error, WandbApiFailedError, ValueError)
         base_url = os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
-        _check_reach(base_url)
+        if reason := unreachable(base_url):
+            raise ConfigError(
+                f"--source wandb:{project}: {base_url} is out of reach from here ({reason}). Give the "
+                f"command where it can be reached, name another server of wandb's with WANDB_BASE_URL, "
+                f"or read what is here: --source record"
+            )
         try:
             self.api: Any = wandb.Api(timeout=_LIST_S)
         except self.errors as error:
@@ -209,20 +214,16 @@ def _missing(run: Any, came: int, expected: int) -> str | None:
 # --- the network -----------------------------------------------------------------------------------------
 
 
-def _check_reach(server: str) -> None:
-    """Raises ConfigError when nothing answers there, for which wandb would wait long and silently."""
+def unreachable(server: str) -> str | None:
+    """Why nothing answers there, for which wandb would wait long and silently."""
     try:
         urllib.request.urlopen(server, timeout=_REACH_S).close()
     except urllib.error.HTTPError:
-        return  # an answer, too
+        return None  # an answer, too
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        if not isinstance(reason, ssl.SSLError):  # wandb has certificates of its own
-            raise ConfigError(
-                f"--source wandb: {server} is out of reach from here ({reason}). Give the command where it "
-                f"can be reached, name another server of wandb's with WANDB_BASE_URL, or read what is here: "
-                f"--source record"
-            ) from None
+        return None if isinstance(reason, ssl.SSLError) else str(reason)  # wandb has certificates of its own
+    return None
 
 
 def _words(error: Exception) -> str:

@@ -76,7 +76,7 @@ def _time_axis(seconds: float) -> Axis:
 
 def _nice_step(span: float) -> float:
     """A round distance that divides `span` into about five."""
-    rough = max(span, 1e-9) / 5
+    rough = max(span, 1e-9) / 5 if math.isfinite(span) else 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     return power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import wandb_workspaces.reports.v2 as wr
 from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
 from analysis import look
+from analysis.online import unreachable
 from analysis.render import render
 from analysis.report import Report
 from pipeline.config import ConfigError, nearest
@@ -41,6 +43,11 @@ def publish(report: Report, folder: Path, place: str) -> str:
     The address of the report. `folder`: where its other files are. Raises ConfigError when the runs are in
     several projects, and with what wandb says when it refuses.
     """
+    if not any(run.config for run in report.runs):
+        raise ConfigError("--publish: only of a sweep, whose runs wandb finds by their ids, not of a study")
+    server = os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
+    if reason := unreachable(server):
+        raise ConfigError(f"--publish: {server} is out of reach from here ({reason})")
     kept = folder / PUBLISHED
     published: dict[str, str] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     with _wandb_errors(kept):

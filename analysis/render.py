@@ -51,11 +51,11 @@ def write(report: Report, folder: Path) -> list[Path]:
     named = {figure.name for figure in report.figures}
     for image in images.iterdir():
         if image.suffix in (".png", ".svg", ".pdf") and image.stem not in named:
-            image.unlink()  # of an earlier report, which could fill it
+            image.unlink(missing_ok=True)  # of an earlier report, which could fill it
     for figure in report.figures:
         _write_images(charts.joined(figure, report.datasets, report.labels), images / figure.name)
-    for stale in set(folder.glob("tables/*.*")) - {folder / name for name in (*texts, *columns)}:
-        stale.unlink()
+    for stale in set(folder.glob("tables/[!.]*.*")) - {folder / name for name in (*texts, *columns)}:
+        stale.unlink(missing_ok=True)
     for name, content in texts.items():
         write_atomically(folder / name, content)
     for name, table in columns.items():

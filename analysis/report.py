@@ -212,7 +212,7 @@ def build(
         projection=projection,
         overall=overall(schedules, comparisons),
         headline=headline(schedules, comparisons),
-        cautions=[*cautions(schedules, comparisons), *sweep.cautions],
+        cautions=[*cautions(schedules, comparisons, chosen), *sweep.cautions],
         settings=facts.describe(sweep),
         figures=figures,
         datasets=datasets,

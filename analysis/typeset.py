@@ -6,7 +6,7 @@ Bold is the lowest value of a column, and only where it can be told from every o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from analysis import lau
 from analysis import numbers as text
@@ -87,12 +87,13 @@ def _schedules(report: Report) -> Blocks:
 def _lowest(schedules: Sequence[Schedule]) -> Callable[[Schedule, str, str], str]:
     """Makes a cell bold where its schedule has the lowest number of all that are alike but for the batch."""
 
-    groups: dict[tuple[str | None, frozenset[int]], list[Schedule]] = {}
+    groups: dict[Hashable, list[Schedule]] = {}
     for schedule in schedules:
-        groups.setdefault((schedule.rest, frozenset(schedule.budgets)), []).append(schedule)
+        alike = (schedule.rest, tuple(schedule.task.items()), frozenset(schedule.budgets))
+        groups.setdefault(alike, []).append(schedule)
     lowest = {
-        (number, clearly_lowest({s.label: s.by_seed(number) for s in alike if s.finished}))
-        for alike in groups.values()
+        (number, clearly_lowest({s.label: s.by_seed(number) for s in group if s.finished}))
+        for group in groups.values()
         for number in ("val_loss", "train_loss", "seconds")
     }
     return lambda schedule, number, cell: Strong(cell) if (number, schedule.label) in lowest else cell
@@ -228,7 +229,7 @@ def lau_blocks(report: Report) -> Blocks:
 
 def _hours(hours: float | None) -> str:
     """As the papers: 9.31; of a run of seconds three digits."""
-    if hours is None or hours <= 0:
+    if hours is None or not 0 < hours < math.inf:
         return text.fixed(hours, 2)
     return text.fixed(hours, max(2, 2 - math.floor(math.log10(hours))))
 

@@ -8,10 +8,11 @@ alone hides what large batches buy.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from analysis import numbers as text
 from analysis.load import SEED
@@ -82,7 +83,15 @@ def parse_baseline(requests: Sequence[str], schedules: Sequence[Schedule]) -> di
                 + (f" Did you mean {hint}?" if hint else ""),
                 f"Choices: {', '.join(choices) or f'none, since only {SEED} varies'}",
             )
-    return dict(request.split("=", 1) for request in requests) or default_baseline(schedules)
+    chosen: dict[str, str] = {}
+    for request in requests:
+        axis, _, value = request.partition("=")
+        if chosen.setdefault(axis, value) != value:
+            raise ConfigError(
+                f"--baseline {request}: there is --baseline {axis}={chosen[axis]} already, and a baseline "
+                f"has one value of each axis"
+            )
+    return chosen or default_baseline(schedules)
 
 
 def default_baseline(schedules: Sequence[Schedule]) -> dict[str, str]:
@@ -297,7 +306,7 @@ def _gap(difference: float, decimals: int, other: str) -> str:
 
 
 def _cost(steps: tuple[float, float] | None, seconds: tuple[float, float] | None) -> str:
-    if steps is None:
+    if steps is None or not steps[1]:
         return ""
     if steps[0] == steps[1]:
         words = f"it took the same {text.count(steps[0])} optimizer steps"
@@ -308,6 +317,8 @@ def _cost(steps: tuple[float, float] | None, seconds: tuple[float, float] | None
         )
     if seconds is None or not seconds[1]:
         return words
+    if text.duration(seconds[0]) == text.duration(seconds[1]):
+        return f"{words} and {text.duration(seconds[0])} of training, as the other"
     return (
         f"{words} and {text.duration(seconds[0])} of training instead of {text.duration(seconds[1])} "
         f"({text.change(*seconds)})"
@@ -317,6 +328,8 @@ def _cost(steps: tuple[float, float] | None, seconds: tuple[float, float] | None
 def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -> str:
     """The schedule with the lowest mean and what cannot be told from it, or why none can be named."""
     ranked = [s for s in schedules if s.val_loss and math.isfinite(s.val_loss.mean)]
+    if not ranked and any(s.finished for s in schedules):
+        return "No finished run has a finite validation loss at its end, so there is nothing to compare."
     if not ranked:
         return "No run has finished, so there is nothing to compare yet."
     if len(parts := tasks(ranked)) > 1:
@@ -342,7 +355,26 @@ def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
     return f"{lead}."
 
 
-def cautions(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -> list[str]:
+def _unlike(schedule: Schedule, reference: Schedule, baseline: Mapping[str, str]) -> list[str]:
+    """The settings outside the batch in which the two differ, but for those that make the baseline one."""
+    if schedule.rest is None or reference.rest is None:
+        return []
+    own, other = (_leaves(json.loads(rest)) for rest in (schedule.rest, reference.rest))
+    differing = [key for key in own | other if own.get(key) != other.get(key)]
+    return [key for key in differing if not any(f"{key}.".startswith(f"{axis}.") for axis in baseline)]
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _leaves(value, f"{above}{key}.") if isinstance(value, dict) else {}
+        found |= inner or {f"{above}{key}": value}
+    return found
+
+
+def cautions(
+    schedules: Sequence[Schedule], comparisons: Sequence[Comparison], baseline: Mapping[str, str]
+) -> list[str]:
     """What a reader must know before trusting the verdicts."""
     notes = []
     sizes = [c.difference.n for c in comparisons if c.difference]
@@ -376,6 +408,10 @@ def cautions(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
             "Numbered schedules, (1) and (2), have the same axes but ran under different settings; each is "
             "compared with the baseline of its own settings."
         )
+    by_label = {schedule.label: schedule for schedule in schedules}
+    for c in comparisons:
+        if c.baseline and (unlike := _unlike(by_label[c.schedule], by_label[c.baseline], baseline)):
+            notes.append(f"{c.schedule} and {c.baseline} differ in more than the batch: {', '.join(unlike)}.")
     superseded = sum(len(s.superseded) for s in schedules)
     if superseded:
         one, many = "1 run is superseded by a newer one", f"{superseded} runs are superseded by newer ones"

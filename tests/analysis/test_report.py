@@ -801,7 +801,8 @@ def test_labels_can_break_neither_the_table_nor_the_page(home: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"batch": "norm_test"', '"batch": "a|b</script><i>"'))
     report = build(load_sweep("s"), [], 0.0)
     assert report.labels == ["constant_16", "a|b</script><i>"]
-    assert cells(render("report.md.j2", report), "Schedules")[1]["schedule"] == r"a\|b&lt;/script>&lt;i>"
+    text = render("report.md.j2", report)
+    assert cells(text, "Schedules")[1]["schedule"] == r"a\|b&lt;/script>&lt;i>" and "<i>" not in text
     page = render_html(report)
     assert page.count("</script>") == 4 and "<i>" not in page
 
@@ -810,3 +811,34 @@ def test_the_analysis_needs_no_torch() -> None:
     """It runs on login nodes and laptops: importing torch would take longer than the report."""
     code = "import sys, analysis.__main__; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.usefixtures("no_images")
+def test_files_that_another_command_is_writing_are_left_alone(home: Path) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    half_written = home / "reports/s/tables/.equal.csv.1234"
+    half_written.parent.mkdir(parents=True)
+    half_written.write_bytes(b"half")
+    assert main(["s"]) == 0 and half_written.exists()
+
+
+def test_a_place_that_takes_no_report_is_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_sweep("s", pairs({"constant_16": [2.0]}))
+    (home / "reports").write_text("in the way")
+    assert main(["s"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_flops_of_a_large_model_are_drawn(home: Path) -> None:
+    """Whole numbers beyond 2^64, which the chart library does not take as such."""
+    points = pairs({"constant_16": [2.0]})
+    for point in points:
+        point.extra = ["model=tinyllama_1b"]
+        point.rows = [{**row, "tokens": row["tokens"] * 100_000} for row in point.rows or []]
+    write_sweep("s", points)
+    report = build(load_sweep("s"), [], 0.0)
+    validation = next(figure for figure in report.figures if figure.name == "validation_loss")
+    numbers = [x for x in report.datasets["validation_runs"]["flops"] if x]
+    assert max(numbers) > 2**64
+    over_flops = dataclasses.replace(validation, over=("flops",))
+    assert figures.images(figures.joined(over_flops, report.datasets, report.labels))["svg"]

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.load import load_sweep
 from analysis.report import Report, build
+from analysis.typeset import latex
 from tests.analysis.synthetic import Point, short_run, write_sweep
 
 LONG = "data.sequence_length=256"
@@ -79,3 +80,13 @@ def test_a_run_that_never_started_is_of_any_task(home: Path) -> None:
     write_sweep("s", points)
     (comparison,) = build(load_sweep("s"), [], 0.0).comparisons
     assert (comparison.baseline, comparison.kind) == ("constant_16", "not finished")
+
+
+def test_nothing_is_bold_for_being_below_another_task(home: Path) -> None:
+    points = [
+        Point({"batch": batch, "seed": str(seed)}, short_run(loss + seed / 1000), extra=extra)
+        for batch, loss, extra in (("constant_16", 2.0, []), ("constant_64", 3.0, ["eval.sequences=64"]))
+        for seed in range(3)
+    ]
+    write_sweep("s", points)
+    assert r"\textbf" not in latex(build(load_sweep("s"), [], 0.0))["schedules"]

@@ -11,7 +11,7 @@ from analysis.load import load_sweep
 from analysis.report import Report, build
 from analysis.verdict import Comparison
 from pipeline.config import ConfigError
-from tests.analysis.synthetic import Point, pairs, short_run, write_sweep
+from tests.analysis.synthetic import Point, pairs, short_run, train_row, val_row, write_sweep
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -358,3 +358,44 @@ def test_nor_are_models_of_which_one_diverged(home: Path) -> None:
 
 def test_one_model_is_its_own_comparison(home: Path) -> None:
     assert report(pairs({"constant_16": [2.0] * 5, "norm_test": [2.1] * 5})).overall == []
+
+
+def test_a_comparison_of_more_than_the_batch_says_so(home: Path) -> None:
+    """A later command added points of another model and learning rate, for which there is no baseline."""
+    other = pairs({"norm_test": [1.8, 1.9]})
+    for point in other:
+        point.extra = ["model=10m", "optim.lr=0.0001"]
+    (caution,) = [c for c in report([*pairs({"constant_16": [2.0, 2.1]}), *other]).cautions if "differ" in c]
+    assert caution.startswith("norm_test and constant_16 differ in more than the batch: ")
+    assert "model.layers" in caution and "optim.lr" in caution and "batch" not in caution.partition(": ")[2]
+
+
+def test_a_baseline_of_another_axis_is_not_called_unlike_in_it(home: Path) -> None:
+    points = [
+        Point({"optim.lr": rate, "seed": str(seed)}, short_run(loss + seed / 10))
+        for rate, loss in (("1e-3", 2.0), ("3e-3", 2.2))
+        for seed in range(2)
+    ]
+    assert not any("differ" in caution for caution in report(points, "optim.lr=1e-3").cautions)
+
+
+def test_finished_runs_without_a_loss_are_not_called_unfinished(home: Path) -> None:
+    found = report(pairs({"constant_16": [math.nan], "norm_test": [math.nan]}))
+    assert found.headline.startswith("No finished run has a finite validation loss at its end")
+
+
+def test_two_baselines_of_one_axis_are_refused(home: Path) -> None:
+    points = pairs({"constant_16": [2.0], "norm_test": [2.1]})
+    with pytest.raises(
+        ConfigError, match="--baseline batch=norm_test: there is --baseline batch=constant_16"
+    ):
+        report(points, "batch=constant_16", "batch=norm_test")
+
+
+def test_a_run_that_ended_at_step_0_is_no_measure_of_cost(home: Path) -> None:
+    point = Point(
+        {"batch": "constant_16", "seed": "0"}, [val_row(0, 0, 2.0, 0.0), train_row(0, 0, 2.0, 8, 0.0)]
+    )
+    point.rows = [*reversed(point.rows or [])]
+    (found,) = report([point, *pairs({"norm_test": [2.1]})]).comparisons
+    assert found.cost == ""
