@@ -41,6 +41,7 @@ from pipeline.identity import identity_fields
 from pipeline.store import RunDirectory, home
 
 GPU_COUNTS = (8, 64, 512, 4096)
+RUNS_NETWORK = Network()  # that the runs are taken to have had, as far as their widths do not tell
 INSEPARABLE = (
     f"nothing tells its micro-batches from the rest of a step. That takes {MIN_STEPS} steps each of two "
     f"numbers of micro-batches per step and rank, as with a constant batch twice as large"
@@ -164,7 +165,8 @@ def project(
     """Of each schedule, by label, from the `step_traces` of its runs.
 
     `baselines`: with which schedule each is compared. network None: synchronisation takes as long as the
-    sweep measured it at several widths, and as Network() says where it did not.
+    sweep measured it at several widths, and as Network() says where it did not. Another network changes what
+    is projected, never what was measured.
     """
     if wrong := [count for count in gpu_counts if count < 1]:
         raise ConfigError(f"{wrong[0]} GPUs: must be at least 1")
@@ -174,13 +176,13 @@ def project(
     fits, loads = [], {}
     for group in alike.values():
         labels = [label for label, _ in group]
-        fit, in_micro = _fit(labels, [run for _, own in group for run in own], network)
+        fit, in_micro = _fit(labels, [run for _, own in group for run in own], given=network is not None)
         if fit is None:
             missing |= dict.fromkeys(labels, INSEPARABLE)
             continue
         fits.append(fit)
         for label, own in group:
-            extra_s = 0.0 if in_micro else statistics_s(own, fit.cost, network or Network())
+            extra_s = 0.0 if in_micro else statistics_s(own, fit.cost)
             loads[label] = _load(own, fit, extra_s, network or Network())
     outlooks = [
         _outlook(label, loads[label], baseline, loads.get(baseline or ""), gpu_counts)
@@ -223,10 +225,13 @@ def arithmetic(run: StepTrace) -> str:
 _WIDTHS = ("replicate", "shard")
 
 
-def _fit(labels: list[str], runs: list[StepTrace], network: Network | None) -> tuple[Fit | None, bool]:
-    """And whether a micro-batch holds the taking of statistics, since too few steps do without."""
+def _fit(labels: list[str], runs: list[StepTrace], *, given: bool) -> tuple[Fit | None, bool]:
+    """And whether a micro-batch holds the taking of statistics, since too few steps do without.
+
+    given: the projection is for another network, on which synchronisation takes as long as modelled.
+    """
     for measured in (False, True):
-        found = cells(runs, network or Network(), measured=measured)
+        found = cells(runs, RUNS_NETWORK, measured=measured)
         if fitted := cost(found):
             break
     else:
@@ -235,7 +240,7 @@ def _fit(labels: list[str], runs: list[StepTrace], network: Network | None) -> t
     if not measured:
         steps = steps.filter(~pl.col("measured"))
     medians = sum(cell.steps * cell.seconds for cell in found)
-    scale = fitted.sync_scale if network is None and fitted.sync_scale is not None else 1.0
+    scale = 1.0 if given or fitted.sync_scale is None else fitted.sync_scale
     fit = Fit(
         labels=labels,
         example=max(runs, key=lambda run: run.config.parallel.data_ranks),  # shows how its mesh grows
@@ -249,11 +254,11 @@ def _fit(labels: list[str], runs: list[StepTrace], network: Network | None) -> t
     return fit, measured
 
 
-def statistics_s(own: Sequence[StepTrace], fitted: Cost, network: Network) -> float:
+def statistics_s(own: Sequence[StepTrace], fitted: Cost) -> float:
     """What taking statistics adds to a micro-batch of this schedule: the median over its measured steps."""
     extra: list[float] = []
     for run in own:
-        modelled = synchronisation(run.config, *run.mesh, network)
+        modelled = synchronisation(run.config, *run.mesh, RUNS_NETWORK)
         for rounds, seconds in regular(run).filter("measured").select("accumulation", "alone").iter_rows():
             plain = fitted.in_cell(Cell(run.mesh, int(rounds), seconds, 1, modelled))
             extra.append((seconds - plain) / rounds)
@@ -391,19 +396,21 @@ def _basis(fit: Fit) -> str:
 
 
 def _synchronised(fit: Fit, projection: Projection) -> str:
-    network, measured = projection.network, fit.cost.sync_scale
-    shape = f"{network.bandwidth_gb_per_s:g} GB/s and {network.latency_us:g} µs per message for each rank"
+    measured, assumed = fit.cost.sync_scale, _shape(RUNS_NETWORK)
+    asked = f"Synchronisation: {_shape(projection.network)}" + (", as asked for" if projection.given else "")
     if measured is None:
-        return f"Synchronisation: {shape}; the sweep ran at one width, so that nothing here measured it."
+        of_runs = "" if fit.ranks == [1] else f" The runs are taken to have had {assumed}, which is taken off."
+        return f"{asked}; the sweep ran at one width, so that nothing here measured it.{of_runs}"
     if projection.given:
-        return (
-            f"Synchronisation: {shape}, as asked for; on the network of the runs it took {measured:.3g} "
-            f"times as long as that."
-        )
+        return f"{asked}; that of the runs took {measured:.3g} times as long as on a network of {assumed}."
     return (
-        f"Synchronisation takes {measured:.3g} times as long as on a network of {shape}, as measured; "
+        f"Synchronisation takes {measured:.3g} times as long as on a network of {assumed}, as measured; "
         f"between more hosts it may be slower."
     )
+
+
+def _shape(network: Network) -> str:
+    return f"{network.bandwidth_gb_per_s:g} GB/s and {network.latency_us:g} µs per message for each rank"
 
 
 def _checked(fit: Fit) -> str:

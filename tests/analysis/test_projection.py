@@ -74,6 +74,7 @@ def made_up(
     micro_s: float = MICRO_S,
     statistics_s: float | None = None,
     scale: float = 1.0,
+    network: Network = NETWORK,
 ) -> StepTrace:
     """A run whose every step takes what it must; where `statistics_s` is given, each third one takes so much
     longer for each micro-batch."""
@@ -83,7 +84,7 @@ def made_up(
         measured = statistics_s is not None and step % 3 == 0
         each = micro_s + (statistics_s or 0.0) * measured
         clock += step_s(batch, ranks, composed.data.micro_batch, each, REST_S)
-        clock += scale * sync_s(composed, ranks) + extra_s(step)
+        clock += scale * sync_s(composed, ranks, network) + extra_s(step)
         tokens += batch * LENGTH
         row = train_row(step, tokens, 3.0, batch, clock, **({"stat/noise_scale": 7.0} if measured else {}))
         rounds = -(-batch // (ranks * composed.data.micro_batch))
@@ -259,9 +260,9 @@ def test_a_last_step_of_part_of_a_round_does_not_count():
 # --- the check -------------------------------------------------------------------------------------------
 
 
-def three_widths(scale: float = 4.0) -> list[StepTrace]:
+def three_widths(scale: float = 4.0, network: Network = NETWORK) -> list[StepTrace]:
     return [
-        made_up(batches, ranks=ranks, scale=scale)
+        made_up(batches, ranks=ranks, scale=scale, network=network)
         for batches in (SMALL_BATCH, [32] * 20, LARGE_BATCH)
         for ranks in (1, 2, 4)
     ]
@@ -333,15 +334,34 @@ def test_enough_is_where_another_doubling_saves_too_little():
 
 
 def test_measured_synchronisation_is_projected_unless_a_network_is_asked_for():
-    runs = {"w": three_widths(scale=4.0)}
+    runs = {"w": three_widths(4.0, Network())}
     (as_measured,) = project(runs, {}, [4]).outlooks
     (asked,) = project(runs, {}, [4], NETWORK).outlooks
     batches = [*SMALL_BATCH, *[32] * 20, *LARGE_BATCH]
     alone = sum(step_s(b, 4, 4, MICRO_S, REST_S) for b in batches) / 3
-    each = len(batches) / 3 * sync_s(settings(1), 4)
+    each, measured = (len(batches) / 3 * sync_s(settings(1), 4, n) for n in (NETWORK, Network()))
     assert asked.forecasts[0].seconds == pytest.approx(alone + each, rel=1e-5)
-    # Network() has other proportions of latency and bandwidth than the network that these runs had.
-    assert as_measured.forecasts[0].seconds == pytest.approx(alone + 4 * each, rel=0.05)
+    assert as_measured.forecasts[0].seconds == pytest.approx(alone + 4 * measured, rel=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(4,), (1, 2, 4)])
+def test_a_network_asked_for_changes_what_is_projected_and_not_what_was_measured(widths: tuple[int, ...]):
+    runs = [made_up(b, ranks=r, network=Network()) for b in (SMALL_BATCH, LARGE_BATCH) for r in widths]
+    slow = Network(bandwidth_gb_per_s=0.1)
+    as_is, asked = (project({"w": runs}, {}, [4], network) for network in (None, slow))
+    assert asked.fits[0].cost == as_is.fits[0].cost
+    assert asked.fits[0].cost.step_s == pytest.approx(REST_S, rel=1e-4)
+    steps = (len(SMALL_BATCH) + len(LARGE_BATCH)) / 2
+    dearer = steps * (sync_s(settings(1), 4, slow) - sync_s(settings(1), 4, Network()))
+    seconds = [found.outlooks[0].forecasts[0].seconds for found in (as_is, asked)]
+    assert seconds[1] - seconds[0] == pytest.approx(dearer, rel=1e-3)
+
+
+def test_the_network_that_the_runs_are_taken_to_have_had_is_stated():
+    runs = [made_up(b, ranks=4) for b in (SMALL_BATCH, LARGE_BATCH)]
+    words = " ".join(project({"w": runs}, {}, [4], NETWORK).notes)
+    assert "2 GB/s and 50 µs per message for each rank, as asked for" in words
+    assert "taken to have had 50 GB/s and 10 µs" in words
 
 
 def test_taking_statistics_costs_the_schedule_that_takes_them():
@@ -472,10 +492,13 @@ def test_a_sweep_on_disk_is_projected(home: Path):
     assert {run.machine for own in found.values() for run in own} == {Machine(64, "A100")}
     slow, fast = project(found, dict.fromkeys(found, "constant_16"), [8, 512], Network(1e9, 0.0)).outlooks
     assert (slow.seeds, fast.seeds) == (2, 2)
+    # The runs are taken to have spent part of the rest of a step on Network().
+    example = found["constant_16"][0].config
+    alone_s = MICRO_S + REST_S - synchronisation(example, 2, 1, Network()).per_step_s
     # 390 steps of 16 and one of 10 sequences; 97 of 64 and one of 42; 8 micro-batches of 8 sequences at most.
     for outlook, steps in ((slow, 391), (fast, 98)):
         seconds = [forecast.seconds for forecast in outlook.forecasts]
-        assert seconds == pytest.approx([steps * (MICRO_S + REST_S)] * 2, rel=1e-4)
+        assert seconds == pytest.approx([steps * alone_s] * 2, rel=1e-4)
     assert fast.forecasts[0].speedup == pytest.approx(391 / 98, rel=1e-4)
 
 
