@@ -21,6 +21,7 @@ from analysis import numbers as text
 from analysis.load import Sweep
 from analysis.step_cost import (
     MIN_STEPS,
+    WARM_UP,
     Array,
     Cell,
     Check,
@@ -45,6 +46,10 @@ RUNS_NETWORK = Network()  # that the runs are taken to have had, as far as their
 INSEPARABLE = (
     f"nothing tells its micro-batches from the rest of a step. That takes {MIN_STEPS} steps each of two "
     f"numbers of micro-batches per step and rank, as with a constant batch twice as large"
+)
+UNTIMED = (
+    f"no step of its log can be used, for want of a time or of its number of micro-batches "
+    f"({WARM_UP} steps of each attempt are left out)"
 )
 WORTH = 0.1  # the least saving for which another doubling of the GPUs is worth its while
 MOST_DOUBLINGS = 20
@@ -176,9 +181,11 @@ def project(
     fits, loads = [], {}
     for group in alike.values():
         labels = [label for label, _ in group]
-        fit, in_micro = _fit(labels, [run for _, own in group for run in own], given=network is not None)
+        own_runs = [run for _, own in group for run in own]
+        fit, in_micro = _fit(labels, own_runs, given=network is not None)
         if fit is None:
-            missing |= dict.fromkeys(labels, INSEPARABLE)
+            used = any(run.steps["regular"].any() for run in own_runs)
+            missing |= dict.fromkeys(labels, INSEPARABLE if used else UNTIMED)
             continue
         fits.append(fit)
         for label, own in group:
@@ -232,7 +239,7 @@ def _fit(labels: list[str], runs: list[StepTrace], *, given: bool) -> tuple[Fit 
     """
     for measured in (False, True):
         found = cells(runs, RUNS_NETWORK, measured=measured)
-        if fitted := cost(found):
+        if (fitted := cost(found)) and fitted.micro_s + fitted.step_s > 0:
             break
     else:
         return None, False

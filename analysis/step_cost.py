@@ -95,7 +95,7 @@ class StepTrace:
     @property
     def whole(self) -> bool:
         """Whether no step of a finished run is missing, as in a throttled log."""
-        return int(self.steps["batch"].sum()) == self.config.trained_sequences
+        return float(self.steps["batch"].sum()) == self.config.trained_sequences
 
 
 def step_trace(config: Config, machine: Machine | None, record: pl.DataFrame) -> StepTrace:
@@ -104,18 +104,20 @@ def step_trace(config: Config, machine: Machine | None, record: pl.DataFrame) ->
     training = record.filter(pl.col("batch/size").is_not_null())
     # Another accumulation than that of the mesh: the attempt ran on another one. A batch that does not fill
     # its last round: its micro-batches are smaller.
-    as_frozen = (pl.col("accumulation") == (pl.col("batch") / unit).ceil()).all().over("attempt")
+    rounds = (pl.col("batch") / unit).ceil()
+    as_frozen = (pl.col("accumulation") == rounds).fill_null(False).all().over("attempt")
     settled = pl.int_range(pl.len()).over("attempt") >= WARM_UP
     steps = training.select(
         "step",
         "attempt",
         batch="batch/size",
-        seconds=pl.col("time").diff().fill_null(pl.col("time")),
+        seconds=pl.col("time").diff(),
         accumulation="batch/accumulation",
         measured=pl.col("stat/noise_scale").is_not_null(),
         follows=pl.col("step").diff().fill_null(1) == 1,
     )
-    regular = as_frozen & settled & pl.col("follows") & (pl.col("batch") % unit == 0)
+    timed = pl.col("seconds").is_finite() & (pl.col("seconds") > 0)
+    regular = as_frozen & settled & timed & pl.col("follows") & (pl.col("batch") % unit == 0)
     return StepTrace(config, machine, steps.with_columns(regular=regular.fill_null(False)))
 
 

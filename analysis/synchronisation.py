@@ -16,6 +16,8 @@ GRADIENT_BYTES = 4  # of an element: gradients are summed over ranks in float32,
 GATHERED_BYTES = {"float32": 4, "bfloat16": 2}  # of an element of the parameters that FSDP gathers
 BUCKET_BYTES = 25 * 2**20  # in which DDP sends gradients, the first of them with 1 MiB
 FIRST_BUCKET_BYTES = 2**20
+LEAST_GB_PER_S = 1e-6  # a modem's; times beyond these two limits are too long for a figure
+MOST_LATENCY_US = 1e9
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,12 @@ class Network:
     latency_us: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.bandwidth_gb_per_s > 0:
-            raise ConfigError(f"bandwidth {self.bandwidth_gb_per_s:g} GB/s: must be above 0")
-        if not self.latency_us >= 0:
-            raise ConfigError(f"latency {self.latency_us:g} µs: must be at least 0")
+        if not LEAST_GB_PER_S <= self.bandwidth_gb_per_s < math.inf:
+            raise ConfigError(
+                f"bandwidth {self.bandwidth_gb_per_s:g} GB/s: must be finite and at least {LEAST_GB_PER_S:g}"
+            )
+        if not 0 <= self.latency_us <= MOST_LATENCY_US:
+            raise ConfigError(f"latency {self.latency_us:g} µs: must be from 0 to {MOST_LATENCY_US:g}")
 
     def gather_s(self, ranks: int, size_bytes: float, messages: int = 1) -> float:
         """An all-gather, or a reduce-scatter, of so many bytes in all, in so many collectives."""

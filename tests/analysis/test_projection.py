@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 import benchmarks.projection
@@ -116,7 +118,11 @@ def test_a_number_of_ranks_between_powers_of_two_takes_the_rounds_of_the_next():
     assert [only_latency.gather_s(ranks, 0) for ranks in (4, 5, 8, 9)] == [2, 3, 3, 4]
 
 
-@pytest.mark.parametrize("wrong", [{"bandwidth_gb_per_s": 0.0}, {"latency_us": -1.0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{key: value} for key in ("bandwidth_gb_per_s", "latency_us") for value in (-1.0, math.inf, math.nan)]
+    + [{"bandwidth_gb_per_s": 0.0}, {"bandwidth_gb_per_s": 1e-300}, {"latency_us": 1e300}],
+)
 def test_a_network_that_cannot_be_is_refused(wrong: dict[str, float]):
     with pytest.raises(ConfigError, match="must be"):
         Network(**wrong)
@@ -255,6 +261,39 @@ def test_steps_of_an_attempt_on_another_mesh_do_not_count():
 def test_a_last_step_of_part_of_a_round_does_not_count():
     found = made_up([16] * 10 + [3]).steps
     assert found["regular"].to_list()[-2:] == [True, False]
+
+
+def with_rows(run: StepTrace, column: str, value: float | None) -> StepTrace:
+    """The trace of a record in which every third row has this value."""
+    steps = run.steps.rename({"batch": "batch/size", "accumulation": "batch/accumulation"}).with_columns(
+        pl.col("seconds").fill_null(1.0).cum_sum().alias("time"), pl.lit(None).alias("stat/noise_scale")
+    )
+    other = pl.when(pl.int_range(pl.len()) % 3 == 0).then(pl.lit(value, pl.Float64)).otherwise(pl.col(column))
+    return step_trace(run.config, run.machine, steps.with_columns(other.alias(column)))
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_time_that_is_none_spoils_no_other_step(value: float | None):
+    found = [with_rows(made_up(batches), "time", value) for batches in (SMALL_BATCH, LARGE_BATCH)]
+    assert [run.steps["regular"].sum() for run in found] == [13, 3]  # of each three, one with both ends
+    plain = [with_rows(made_up([16 * n] * 40), "time", value) for n in (1, 4)]
+    assert (fitted(plain).micro_s, fitted(plain).step_s) == pytest.approx((MICRO_S, REST_S))
+
+
+@pytest.mark.parametrize("value", [None, math.nan])
+def test_an_unknown_number_of_micro_batches_tells_nothing(value: float | None):
+    runs = [with_rows(made_up(b), "batch/accumulation", value) for b in (SMALL_BATCH, LARGE_BATCH)]
+    assert project({"s": runs}, {}).missing["s"].startswith("no step of its log can be used")
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_log_with_a_batch_that_is_no_number_is_not_whole(value: float | None):
+    assert not with_rows(made_up(SMALL_BATCH), "batch/size", value).whole
+
+
+def test_a_clock_that_stood_still_gives_no_projection():
+    runs = [made_up(b, micro_s=0.0, extra_s=lambda step: -REST_S) for b in (SMALL_BATCH, LARGE_BATCH)]
+    assert project({"s": runs}, {}).missing["s"].startswith("no step of its log can be used")
 
 
 # --- the check -------------------------------------------------------------------------------------------
