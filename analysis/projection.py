@@ -64,7 +64,12 @@ def step_traces(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[S
     found = {}
     for schedule in schedules:
         found[schedule.label] = [
-            step_trace(run.config, machine_of(run.id, run.config), sweep.rows[run.point])
+            step_trace(
+                run.config,
+                machine_of(run.id, run.config),
+                sweep.rows[run.point],
+                run.status.host if run.status else None,
+            )
             for run in schedule.finished
             if run.id and run.config
         ]
@@ -98,6 +103,7 @@ class Fit:
     ranks: list[int]  # data-parallel widths measured
     typical: float  # share of the training time of those steps that their medians account for
     checks: list[Check]
+    perhaps_unlike: list[str]  # the hosts of its runs, where these may be of different hardware
 
     def sync_at(self, width: int, network: Network) -> Synchronisation:
         config = self.example.config
@@ -151,7 +157,7 @@ class Projection:
                 f"GPUs beyond which another doubling saves less than {WORTH:.0%} of the time."
             )
         for fit in self.fits:
-            found += [_basis(fit), _synchronised(fit, self), _checked(fit)]
+            found += [_basis(fit), *_mixed(fit), _synchronised(fit, self), _checked(fit)]
         if self.fits:
             found += _assumptions(self)
         reasons = dict.fromkeys(self.missing.values())
@@ -212,7 +218,7 @@ def _unusable(own: Sequence[StepTrace]) -> str | None:
     if not own:
         return "none of its runs has finished"
     if not all(run.whole for run in own):
-        return "its log misses steps; --source record has all"
+        return "its log misses steps, of which the run's own record holds every one"
     if len({arithmetic(run) for run in own}) > 1:
         return "its runs were on different hardware"
     return None
@@ -257,8 +263,17 @@ def _fit(labels: list[str], runs: list[StepTrace], *, given: bool) -> tuple[Fit 
         ranks=sorted({math.prod(cell.mesh) for cell in found}),
         typical=medians / float(steps["alone"].sum()),
         checks=checks(found),
+        perhaps_unlike=_perhaps_unlike(runs),
     )
     return fit, measured
+
+
+def _perhaps_unlike(runs: Sequence[StepTrace]) -> list[str]:
+    """The hosts of runs of which nobody knows the hardware, unless they are one host."""
+    unknown = [run.host for run in runs if run.machine is None]
+    if len(unknown) < 2 or (len(set(unknown)) == 1 and unknown[0]):
+        return []
+    return sorted({host or "unknown" for host in unknown})
 
 
 def statistics_s(own: Sequence[StepTrace], fitted: Cost) -> float:
@@ -402,11 +417,22 @@ def _basis(fit: Fit) -> str:
     )
 
 
+def _mixed(fit: Fit) -> list[str]:
+    if not fit.perhaps_unlike:
+        return []
+    return [
+        f"What hardware these runs had is not known here, nor whether all had the same (hosts: "
+        f"{_listed(fit.perhaps_unlike)}): their times are taken together as if they had."
+    ]
+
+
 def _synchronised(fit: Fit, projection: Projection) -> str:
     measured, assumed = fit.cost.sync_scale, _shape(RUNS_NETWORK)
     asked = f"Synchronisation: {_shape(projection.network)}" + (", as asked for" if projection.given else "")
     if measured is None:
-        of_runs = "" if fit.ranks == [1] else f" The runs are taken to have had {assumed}, which is taken off."
+        of_runs = (
+            "" if fit.ranks == [1] else f" The runs are taken to have had {assumed}, which is taken off."
+        )
         return f"{asked}; the sweep ran at one width, so that nothing here measured it.{of_runs}"
     if projection.given:
         return f"{asked}; that of the runs took {measured:.3g} times as long as on a network of {assumed}."

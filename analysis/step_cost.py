@@ -60,6 +60,7 @@ class StepTrace:
     config: Config
     machine: Machine | None  # None: not known
     steps: pl.DataFrame
+    host: str | None = None  # its name; None: not known
 
     @property
     def mesh(self) -> tuple[int, int]:
@@ -98,7 +99,9 @@ class StepTrace:
         return float(self.steps["batch"].sum()) == self.config.trained_sequences
 
 
-def step_trace(config: Config, machine: Machine | None, record: pl.DataFrame) -> StepTrace:
+def step_trace(
+    config: Config, machine: Machine | None, record: pl.DataFrame, host: str | None = None
+) -> StepTrace:
     """Of the record of one run (analysis.load.RECORD)."""
     unit = config.batch_unit
     training = record.filter(pl.col("batch/size").is_not_null())
@@ -118,7 +121,7 @@ def step_trace(config: Config, machine: Machine | None, record: pl.DataFrame) ->
     )
     timed = pl.col("seconds").is_finite() & (pl.col("seconds") > 0)
     regular = as_frozen & settled & timed & pl.col("follows") & (pl.col("batch") % unit == 0)
-    return StepTrace(config, machine, steps.with_columns(regular=regular.fill_null(False)))
+    return StepTrace(config, machine, steps.with_columns(regular=regular.fill_null(False)), host)
 
 
 @dataclass(frozen=True)

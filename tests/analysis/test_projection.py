@@ -484,6 +484,21 @@ def test_a_sweep_of_several_widths_states_its_own_error():
     assert "Checked in this sweep" in words and "on 4 from 1 and 2 by −" in words
 
 
+@pytest.mark.parametrize(
+    ("hosts", "named"),
+    [(("a", "a"), None), (("a", "b"), "(hosts: a and b)"), ((None, None), "(hosts: unknown)")],
+)
+def test_runs_of_unknown_machines_that_may_differ_are_not_taken_together_in_silence(
+    hosts: tuple[str | None, str | None], named: str | None
+):
+    pairs = zip((SMALL_BATCH, LARGE_BATCH), hosts, strict=True)
+    runs = [dataclasses.replace(made_up(b, machine=None), host=host) for b, host in pairs]
+    words = " ".join(project({"w": runs}, {}).notes)
+    assert named in words if named else "hosts" not in words
+    known = [dataclasses.replace(run, machine=GPU) for run in runs]
+    assert "hosts" not in " ".join(project({"w": known}, {}).notes)
+
+
 def test_batches_that_follow_from_comparing_ranks_are_marked():
     more = ["batch=norm_test", "batch.size=64", "batch.estimator=worker"]
     runs = [made_up(b, *more, ranks=2) for b in (SMALL_BATCH, LARGE_BATCH)]
@@ -548,6 +563,33 @@ def test_a_run_without_a_note_of_its_machine_is_still_projected(home: Path):
     found = project(step_traces(sweep, summarise(sweep, run_numbers(sweep.rows))), {})
     assert len(found.outlooks) == 2
     assert "an unknown machine" in " ".join(found.notes)
+    assert "hosts" not in " ".join(found.notes)  # both ran on node-1
+
+
+def test_a_tensor_parallel_sweep_is_projected_to_whole_groups(home: Path):
+    """One data-parallel rank of two GPUs, with rounds of 8 sequences: 2 and 8 of them."""
+
+    def rows(batch: int) -> list[Row]:
+        done = np.minimum(np.arange(1, -(-6250 // batch) + 1) * batch, 6250)
+        sizes, clock = np.diff(done, prepend=0), 0.0
+        found: list[Row] = []
+        for step, (size, sequences) in enumerate(zip(sizes.tolist(), done.tolist(), strict=True), start=1):
+            clock += step_s(size, 1, 8, MICRO_S, REST_S)
+            found.append(train_row(step, sequences * LENGTH, 3.0, size, clock))
+        return [*found, val_row(len(found), 6250 * LENGTH, 2.5, clock)]
+
+    mesh = ("experiment=demo", "data.micro_batch=8", "parallel=tp", "parallel.tensor=2")
+    points = [Point({"batch": f"constant_{b}", "seed": "0"}, rows(b)) for b in (16, 64)]
+    write_sweep("here", points, common=mesh)
+    sweep = load_sweep("here")
+    found = project(step_traces(sweep, summarise(sweep, run_numbers(sweep.rows))), {}, [1, 2, 3, 8], NETWORK)
+    assert found.missing == {}
+    table = projection_table(found)
+    assert table["gpus"].to_list() == [2, 8] * 2
+    assert all(enough % 2 == 0 for enough in table["enough_gpus"])
+    # On 2 GPUs as measured: 390 steps of 2 rounds and one of 10 sequences; 97 of 8 and one of 42.
+    alone = [391 * (2 * MICRO_S + REST_S), 97 * (8 * MICRO_S + REST_S) + 6 * MICRO_S + REST_S]
+    assert table.filter(gpus=2)["seconds"].to_list() == pytest.approx(alone, rel=1e-4)
 
 
 @pytest.mark.slow
