@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -17,6 +18,7 @@ from pipeline.config import Config
 from pipeline.identity import identity_fields
 
 _TASK_LETTERS = 24  # of a value: a fingerprint is longer
+EMPTY = "(empty)"  # in place of a label that nobody would see
 TRAIN_WINDOW = 0.05  # the final training loss is the mean over this last share of the tokens
 
 
@@ -77,8 +79,10 @@ def run_numbers(rows: Mapping[int, pl.DataFrame]) -> dict[int, RunNumbers]:
 
 def _numbers(rows: pl.DataFrame) -> RunNumbers:
     # Of the last row, whichever kind: a throttled log may hold the final evaluation, not the step before it.
-    steps, tokens, seconds, sequences = rows.select("step", "tokens", "time", "sequences").row(-1)
-    evaluations = rows.filter(pl.col("val/loss").is_not_null() & (pl.col("step") == steps))
+    last = rows.select("step", "tokens", "time", "sequences").row(-1)
+    # What foreign runs log as a counter need not be a number.
+    steps, tokens, seconds, sequences = (v if v is not None and math.isfinite(v) else None for v in last)
+    evaluations = rows.filter(pl.col("val/loss").is_not_null() & (pl.col("step") == last[0]))
     return RunNumbers(
         steps=steps,
         tokens=tokens,
@@ -105,12 +109,12 @@ def _final_train_loss(training: pl.DataFrame) -> float | None:
     """Mean loss per token over the window: each step counts by its tokens inside it."""
     if training.is_empty():
         return None
-    axis = "step" if training["tokens"].has_nulls() else "tokens"
+    axis = "tokens" if training["tokens"].is_finite().fill_null(False).all() else "step"
     start = float(training[axis][-1]) * (1 - TRAIN_WINDOW)
     before = pl.col(axis).shift(1).fill_null(0.0)
     inside = training.select(
         loss="train/loss", weight=pl.col(axis) - pl.max_horizontal(before, pl.lit(start))
-    ).filter(pl.col("weight") > 0)
+    ).filter(pl.col("weight").is_finite() & (pl.col("weight") > 0))
     if inside.is_empty():
         return None
     return float(np.average(inside["loss"].to_numpy(), weights=inside["weight"].to_numpy()))
@@ -216,10 +220,15 @@ def _labels(settings: Sequence[dict[str, str]], sweep: Sweep, groups: Sequence[l
             long if short.count(brief) > 1 and full.count(long) == 1 and long else brief
             for brief, long in both
         ]
-    return [
-        f"{label} ({short[: i + 1].count(label)})" if short.count(label) > 1 else label
-        for i, label in enumerate(short)
-    ]
+    taken = {label for label in short if short.count(label) == 1}
+    labels = []
+    for label in short:
+        if short.count(label) > 1:
+            numbered = (f"{label} ({n})" for n in itertools.count(1))
+            label = next(each for each in numbered if each not in taken)
+            taken.add(label)
+        labels.append(label)
+    return labels
 
 
 def _label(setting: dict[str, str], sweep: Sweep, runs: list[Run]) -> str:
@@ -232,7 +241,8 @@ def _label(setting: dict[str, str], sweep: Sweep, runs: list[Run]) -> str:
 
 def in_short(setting: Mapping[str, str]) -> str:
     return " · ".join(
-        value if "." not in axis else f"{axis.rsplit('.', 1)[-1]}={value}" for axis, value in setting.items()
+        (value or EMPTY) if "." not in axis else f"{axis.rsplit('.', 1)[-1]}={value}"
+        for axis, value in setting.items()
     )
 
 

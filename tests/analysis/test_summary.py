@@ -5,10 +5,12 @@ import math
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 
-from analysis.load import load_sweep
+from analysis.load import Run, Sweep, load_sweep, record_of
 from analysis.records import table
+from analysis.sources import Origin
 from analysis.summary import run_numbers, summarise
 from pipeline.config import ConfigError
 from pipeline.store import Row, RunDirectory
@@ -56,6 +58,17 @@ def test_not_a_number_stays_visible() -> None:
     found = numbers_of(rows)
     assert found["train_loss"] is not None and math.isnan(found["train_loss"])
     assert found["val_loss"] == math.inf
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("counter", ["step", "tokens", "time", "sequences"])
+def test_a_counter_that_is_no_number_counts_nothing(counter: str, value: float) -> None:
+    rows = [train_row(i, 1024 * i, 5.0, 8, 1.0 * i) for i in (1, 2)]
+    rows = [*rows[:1], rows[1] | {counter: value}, val_row(2, 2048, 4.5, 2.0) | {counter: value}]
+    found = numbers_of(rows)
+    name = {"time": "seconds", "step": "steps", "sequences": "mean_batch"}.get(counter, counter)
+    assert found[name] is None
+    assert (found["train_loss"], found["val_loss"]) == (5.0, 4.5)
 
 
 def test_every_point_is_kept_with_its_state(home: Path) -> None:
@@ -113,6 +126,47 @@ def test_only_seeds_vary(home: Path) -> None:
     (schedule,) = summarise(sweep, run_numbers(sweep.rows))
     assert schedule.label == "norm_test"
     assert schedule.val_loss is not None and schedule.val_loss.mean == 2.5
+
+
+def foreign(*values: str) -> Sweep:
+    """One finished run of each value, of which nothing but a task and an axis is known."""
+    runs = [
+        Run(
+            point,
+            f"r{point}",
+            {"batch": value, "seed": "0"},
+            "DONE",
+            None,
+            None,
+            None,
+            [],
+            None,
+            {"n": str(point)},
+        )
+        for point, value in enumerate(values)
+    ]
+    record = record_of({run.point: table(short_run(2.0)) for run in runs})
+    return Sweep("s", [], None, ["batch", "seed"], {}, runs, record, Origin("record", ""), [])
+
+
+def labels_of(sweep: Sweep) -> list[str]:
+    return [schedule.label for schedule in summarise(sweep, run_numbers(sweep.rows))]
+
+
+def test_a_label_that_is_numbered_differs_from_all_others() -> None:
+    assert labels_of(foreign("x", "x", "x (1)")) == ["x (2)", "x (3)", "x (1)"]
+    assert labels_of(foreign("x", "x", "y")) == ["x (1)", "x (2)", "y"]
+
+
+def test_no_label_is_empty() -> None:
+    assert labels_of(foreign("", "x")) == ["(empty)", "x"]
+
+
+def test_the_budget_of_a_run_whose_tokens_are_no_number_is_not_known() -> None:
+    sweep = foreign("x")
+    rows = sweep.rows[0].with_columns(tokens=pl.lit(math.nan))
+    (schedule,) = summarise(sweep, run_numbers({0: rows}))
+    assert schedule.budgets == set()
 
 
 def test_settings_name_what_tells_schedules_apart(home: Path) -> None:
