@@ -11,6 +11,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -146,12 +147,24 @@ def _read_manifest(name: str, source_name: str) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not a manifest: {error}") from None
-    if missing := [key for key in ("name", "command", "axes", "points") if key not in manifest]:
-        raise ConfigError(f"{path}: not a manifest: {', '.join(missing)} missing")
+    _check(path, "", {"common": {}, **manifest} if isinstance(manifest, dict) else manifest, _MANIFEST)
     for number, point in enumerate(manifest["points"]):
-        if missing := [key for key in ("run", "axes") if key not in point]:
-            raise ConfigError(f"{path}: not a manifest: {' and '.join(missing)} missing in point {number}")
+        _check(path, f" in point {number}", point, _POINT)
     return manifest
+
+
+_MANIFEST = {"name": str, "command": list, "axes": list, "points": list, "common": dict}
+_POINT = {"run": str | None, "axes": dict}
+
+
+def _check(path: Path, where: str, tree: object, kinds: Mapping[str, Any]) -> None:
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a manifest: {tree!r}{where} is no mapping")
+    if missing := [key for key in kinds if key not in tree]:
+        raise ConfigError(f"{path}: not a manifest: {' and '.join(missing)} missing{where}")
+    for key, kind in kinds.items():
+        if not isinstance(tree[key], kind):
+            raise ConfigError(f"{path}: not a manifest: {key}: {tree[key]!r}{where}")
 
 
 def _distinct(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -184,12 +197,10 @@ def _load_point(number: int, point: dict[str, Any], last: list[str], origin: Ori
     if log.url and log.problem:  # what is missing is not the run: no command makes it
         command = []
     if not directory.config_file.exists():
-        return _load_remote(number, directory.id, axes, log, command)
+        return _load_remote(number, directory.id, axes, log, command, origin)
     config, config_problem = attempt(directory.config, directory.config_file)
     status, status_problem = attempt(directory.status, directory.status_file)
-    unreadable = config_problem or status_problem or log.problem
-    if status and status.state == "DONE" and (gap := _gap(log, status)):
-        unreadable = unreadable or f"{origin.place.removeprefix('runs/*/')} {gap}, though the run is done"
+    unreadable = config_problem or status_problem or log.problem or _gap(log, status, origin)
     state: PointState = "UNREADABLE" if unreadable else status.state if status else "MISSING"
     if state == "RUNNING" and attempt(directory.is_locked, directory.path)[0] is False:
         state = "LOST"  # it died without a word
@@ -197,12 +208,15 @@ def _load_point(number: int, point: dict[str, Any], last: list[str], origin: Ori
     return Run(number, directory.id, axes, state, problem, config, status, command, log.url, _task(config))
 
 
-def _load_remote(number: int, id_: str, axes: dict[str, str], log: Log, command: list[str]) -> Run:
+def _load_remote(
+    number: int, id_: str, axes: dict[str, str], log: Log, command: list[str], origin: Origin
+) -> Run:
     """A run that has no directory here, as far as its log tells what it was."""
+    unreadable = log.problem or _gap(log, log.status, origin)
     state: PointState = "MISSING"
     if log.status:
-        state = "UNREADABLE" if log.problem else log.status.state
-    problem = log.problem or (log.status.error if log.status else None)
+        state = "UNREADABLE" if unreadable else log.status.state
+    problem = unreadable or (log.status.error if log.status else None)
     return Run(number, id_, axes, state, problem, log.config, log.status, command, log.url, _task(log.config))
 
 
@@ -217,9 +231,14 @@ def _task(config: Config | None) -> dict[str, str]:
     return {key: str(value) for key, value in {**data, "eval.sequences": fields["eval"]["sequences"]}.items()}
 
 
-def _gap(log: Log, status: Status) -> str | None:
+def _gap(log: Log, status: Status | None, origin: Origin) -> str | None:
     """Why this is not all of a finished run: the loss where it ends would be taken for the final one."""
+    if status is None or status.state != "DONE":
+        return None
     if not log.trained:
-        return "holds no training step"
-    last = int(log.rows["step"][-1])
-    return f"ends at step {last} of {status.step}" if last < status.step else None
+        gap = "holds no training step"
+    elif (last := int(log.rows["step"][-1])) < status.step:
+        gap = f"ends at step {last} of {status.step}"
+    else:
+        return None
+    return f"{origin.place.removeprefix('runs/*/')} {gap}, though the run is done"

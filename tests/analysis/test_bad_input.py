@@ -43,6 +43,27 @@ def test_a_sweep_without_points(home: Path, capsys: Read) -> None:
     assert capsys.readouterr().err.startswith("s: a sweep without points")
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"points": None}, "points: None"),
+        ({"points": [3]}, "3 in point 0 is no mapping"),
+        ({"points": [{"run": "a", "axes": None}]}, "axes: None in point 0"),
+        ({"points": [{"run": 3, "axes": {}}]}, "run: 3 in point 0"),
+        ({"points": [{"axes": {}}]}, "run missing in point 0"),
+        ({"command": None}, "command: None"),
+        ({"axes": None}, "axes: None"),
+        ({"common": None}, "common: None"),
+    ],
+)
+def test_a_manifest_that_is_none(home: Path, changes: dict[str, Any], words: str, capsys: Read) -> None:
+    write_sweep("s", [])
+    file = home / "sweeps/s/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert main(["s"]) == 2
+    assert f"{file}: not a manifest: {words}" in capsys.readouterr().err
+
+
 def test_one_row(home: Path) -> None:
     rows = [train_row(1, 1024, 5.0, 8, 1.0)]
     found = reported(home, [point(0, rows, state="FAILED", error="stopped"), point(1, short_run(2.0))])

@@ -232,6 +232,18 @@ def test_rows_that_do_not_come_are_told(sweep: list[Run], wandb_server: WandbSer
     assert len(asked(wandb_server)) == 2, "and again the next time"
 
 
+def test_a_finished_run_without_rows_is_not_done_wherever_its_directory_is(
+    sweep: list[Run], home: Path
+) -> None:
+    sweep[0].streams.clear()
+    here = load_sweep("s", SOURCE).runs[0]
+    (home / "runs").rename(home / "elsewhere")
+    remote = load_sweep("s", SOURCE).runs
+    assert [run.state for run in remote] == ["UNREADABLE", "DONE", "DONE", "DONE"]
+    why = f"{SOURCE} holds no training step, though the run is done"
+    assert here.problem == remote[0].problem == why
+
+
 def test_runs_whose_directories_are_elsewhere(sweep: list[Run], home: Path) -> None:
     expected = values(SOURCE)
     (home / "runs").rename(home / "elsewhere")
