@@ -36,13 +36,13 @@ def draft(project: str, name: str) -> str:
     differing = _differing(configs)
     seeds = sorted(filter(_is_seed, differing), key=len)
     others = [key for key in differing if key not in seeds]
-    axes = {key.rsplit(".", 1)[-1]: key for key in _splitting(configs, others)[:_MOST_AXES]}
+    axes = _splitting(configs, others)[:_MOST_AXES]
     tree: dict[str, Any] = {"name": name, "source": f"wandb:{project}", "axes": axes}
     if seeds:
         tree["seed"] = seeds[0]
     tree["metrics"] = called
     lines = [yaml.safe_dump(tree, sort_keys=False).rstrip()]
-    if left := [key for key in others if key not in axes.values()]:
+    if left := [key for key in others if key not in axes]:
         lines.append(f"# The runs differ in these as well: {', '.join(left[:_MOST_NAMES])}")
     lines.append(f"# Metrics: {', '.join(metrics[:_MOST_NAMES])}")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ begins, the run was resumed: its later rows replace the earlier ones from that s
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 from collections import Counter
@@ -21,7 +22,8 @@ import yaml  # type: ignore[import-untyped]
 from analysis import online
 from analysis.load import SEED, UNKNOWN, PointState, Run, Sweep, record_of
 from analysis.records import COLUMNS, ROWS, latest, numbers
-from analysis.sources import ONLINE, STATES, Origin, damage_notes
+from analysis.sources import ONLINE, STATES, Origin, attempt, damage_notes
+from analysis.summary import RunNumbers
 from analysis.wandb_files import WandbRun, read_run
 from pipeline.config import ConfigError, nearest
 from pipeline.store import home
@@ -47,6 +49,11 @@ COUNTERS = ("step", "tokens", "time", "sequences")
 MEASURED = tuple(column for column in COLUMNS if column not in COUNTERS)
 _PART = {"part": pl.Int32, **ROWS}
 LOSSES = ("train/loss", "val/loss")
+# Columns of the table of runs (analysis.tables) beside the axes.
+TAKEN = {
+    *("run", "schedule", "state", "attempt", "budget_tokens", "host", "started", "updated", "problem"),
+    *RunNumbers.__dataclass_fields__,
+}
 _DEFAULTS = {"step": "_step", "time": "_runtime"}
 _OWN = ("_step", "_runtime", "_timestamp")  # of every row
 
@@ -110,14 +117,14 @@ def load_study(path: Path) -> Sweep:
         )
     if study.source == OFFLINE:
         paths = _paths(study, path)
-        found = _merged(_read(paths, {*study.metrics.values(), *_OWN}))
+        found, lost = _read(paths, {*study.metrics.values(), *_OWN})
         place = ", ".join(study.files)
     else:
-        found = _online(study)
+        found, lost = _online(study), []
         place = study.source
     if not found:
         passing = " that passes the filters" if study.filters else ""
-        raise ConfigError(f"{path}: {place}: no run is there{passing}")
+        raise ConfigError(f"{path}: {place}: no run is there{passing}", *lost)
     _check_keys(path, study, found)
     chosen = [run for run in found if _passes(run, study.filters)]
     chosen.sort(key=lambda run: (run.started, run.id))
@@ -129,19 +136,21 @@ def load_study(path: Path) -> Sweep:
     known = set().union(*(run.metrics for run in chosen))
     if not known >= set(study.metrics.values()):
         if study.source == OFFLINE:  # all names, which takes longer
-            known = set().union(*(run.metrics for run in _merged(_read(paths, None))))
+            known = set().union(*(run.metrics for run in _read(paths, None)[0]))
         _refuse_metrics(path, study, known)
     tables = {number: _rows(run, study.metrics) for number, run in enumerate(chosen)}
+    runs = [_run(number, run, study, tables[number]) for number, run in enumerate(chosen)]
+    _refuse_unlike(path, chosen, runs)
     return Sweep(
         name=study.name,
         command=["python", "-m", "analysis", str(path)],
         created=None,
         axes=[*study.axes, SEED],
         common={},
-        runs=[_run(number, run, study, tables[number]) for number, run in enumerate(chosen)],
+        runs=runs,
         record=record_of(tables),
         source=Origin(study.source, place),
-        cautions=_cautions(study, chosen),
+        cautions=[*damage_notes("Files that tell no run", lost), *_cautions(study, chosen)],
     )
 
 
@@ -189,14 +198,23 @@ def read_study(path: Path) -> Study:
 
 
 def _check(path: Path, study: Study) -> None:
-    if study.name != Path(study.name).name:
-        raise ConfigError(f"{path}: name: {study.name}: is a folder of reports/, so without a slash")
+    plain = study.name.isprintable() and study.name == study.name.strip() and study.name not in (".", "..")
+    if not plain or "/" in study.name:
+        raise ConfigError(
+            f"{path}: name: {study.name!r}: is a folder of reports/, so one plain name, without a slash"
+        )
     if study.source != OFFLINE and not study.source.startswith(ONLINE):
         raise ConfigError(f"{path}: source: {study.source}: either {OFFLINE} or {ONLINE}ENTITY/PROJECT")
     if study.source == OFFLINE and not study.files:
         raise ConfigError(f"{path}: files: missing; the wandb folders to read, such as files: [wandb]")
     if SEED in study.axes:
         raise ConfigError(f"{path}: axes: {SEED}: is no axis, but the setting {SEED}: {study.axes[SEED]}")
+    for name, key in study.axes.items():
+        if name in TAKEN:
+            free = f"config.{name}"
+            raise ConfigError(
+                f"{path}: axes: {name}: the table of runs has a column of that name. Call it {free}: {key}"
+            )
     for name in study.metrics:
         if name not in COLUMNS:
             raise ConfigError(
@@ -282,14 +300,21 @@ def _paths(study: Study, path: Path) -> list[Path]:
     return list({file.resolve(): file for file in found}.values())  # once, though two patterns name it
 
 
-def _read(paths: Sequence[Path], metrics: set[str] | None) -> Iterator[tuple[Path, WandbRun]]:
+def _read(paths: Sequence[Path], metrics: set[str] | None) -> tuple[list[Logged], list[str]]:
+    """The runs in these files, and a line for each file that tells none: damaged, foreign, or only begun."""
+    whole: list[tuple[Path, WandbRun]] = []
+    lost = []
     for path in paths:
-        yield path, read_run(path, metrics)
+        run, problem = attempt(functools.partial(read_run, path, metrics), path)
+        if run and run.id:
+            whole.append((path, run))
+        elif line := problem or (run and run.warning):
+            lost.append(line)
+    return _merged(whole), lost
 
 
-def _merged(files: Iterator[tuple[Path, WandbRun]]) -> list[Logged]:
-    """The files of each id as one run, as they began one after the other. One that was only begun is none."""
-    whole = [(path, run) for path, run in files if run.id]
+def _merged(whole: list[tuple[Path, WandbRun]]) -> list[Logged]:
+    """The files of each id as one run, as they began one after the other."""
     whole.sort(key=lambda item: (item[1].started or 0.0, str(item[0])))
     by_id: dict[str, list[WandbRun]] = {}
     for _, run in whole:
@@ -306,7 +331,14 @@ def _offline(id_: str, parts: Sequence[WandbRun]) -> Logged:
     }
     return Logged(
         id_,
-        dict(group=last.group, state=_WORDS[state], tags=last.tags, job_type="", name=last.name, id=id_),
+        dict(
+            group=last.group,
+            state=_WORDS[state],
+            tags=last.tags,
+            job_type=last.job_type,
+            name=last.name,
+            id=id_,
+        ),
         f"{parts[0].started or 0:020.6f}",
         state,
         last.config,
@@ -326,10 +358,19 @@ def _values(run: Logged, key: str) -> list[Any]:
 
 def _passes(run: Logged, filters: Mapping[str, Any]) -> bool:
     for key, wanted in filters.items():
-        texts = {str(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
-        if not texts & {str(value) for value in _values(run, key)}:
+        told = str if key in _FIELDS else _told  # an id such as 1e5 is no number
+        any_of = {told(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
+        if not any_of & {told(value) for value in _values(run, key)}:
             return False
     return True
+
+
+def _told(value: object) -> str:
+    """The same for 16, 16.0 and 1.6e1, which YAML takes for text."""
+    try:
+        return str(float(str(value)))
+    except ValueError:
+        return str(value)
 
 
 def _counted(values: Iterator[list[Any]]) -> str:
@@ -367,10 +408,41 @@ def _run(number: int, run: Logged, study: Study, rows: pl.DataFrame) -> Run:
     if state == "DONE" and (problem or rows.is_empty()):
         lacking = ", ".join(metric for metric in study.metrics.values() if metric not in run.metrics)
         state, problem = "UNREADABLE", problem or f"has no row with {lacking or 'what is asked for'}"
-    seed = _show(run.config.get(study.seed)) if study.seed else run.id
+    value = run.config.get(study.seed) if study.seed else None
+    seed = run.id if value is None else _show(value)  # runs of unknown seeds share none
     axes = {name: _show(run.config.get(key)) for name, key in study.axes.items()}
     task = {key: _show(run.config.get(key)) for key in study.task}
     return Run(number, run.id, {**axes, SEED: seed}, state, problem, None, None, [], run.url, task)
+
+
+def _refuse_unlike(path: Path, logged: Sequence[Logged], runs: Sequence[Run]) -> None:
+    """Of finished runs with the same axes, seed and task only the newest counts: the others must be that run
+    once more, with the same config."""
+    alike: dict[tuple[str, ...], list[Logged]] = {}
+    for one, run in zip(logged, runs, strict=True):
+        if run.state == "DONE":
+            alike.setdefault((*run.axes.values(), *run.task.values()), []).append(one)
+    differing = dict.fromkeys(key for group in alike.values() for key in _differing(group))
+    if differing:
+        group = next(group for group in alike.values() if _differing(group))
+        axes = next(run.axes for run in runs if run.id == group[0].id)
+        raise ConfigError(
+            f"{path}: axes: {len(group)} finished runs have {_text(axes)}, of which only the newest would "
+            f"count, but their configs differ: {_few([run.id for run in group])}",
+            *(f"{key}: {_counted(_values(run, key) for run in logged)}" for key in [*differing][:40]),
+            "Name the key that makes another schedule under axes:, or leave the other runs out with filters:",
+        )
+
+
+def _differing(runs: Sequence[Logged]) -> list[str]:
+    """The config keys in which these runs differ, but for those that hold each run's own id or name."""
+    first = runs[0]
+    return [
+        key
+        for key in dict.fromkeys(key for run in runs for key in run.config)
+        if any(run.config.get(key) != first.config.get(key) for run in runs)
+        and not all(run.config.get(key) in (run.id, run.fields["name"]) for run in runs)
+    ]
 
 
 def _show(value: object) -> str:
@@ -390,6 +462,11 @@ def _cautions(study: Study, runs: Sequence[Logged]) -> list[str]:
             notes.append(f"{len(without)} of {len(runs)} runs have no config key {key}: {_few(without)}.")
     if "tokens" not in study.metrics:
         notes.append("No metric counts tokens: losses are compared where the runs ended, however far.")
+    if study.metrics["step"] == _DEFAULTS["step"]:
+        notes.append(
+            "Steps are wandb's own, _step: the calls that logged something, unless the training numbered "
+            "them. metrics: step names the counter of optimizer steps."
+        )
     if study.seed is None:
         notes.append("No config key tells seeds apart: runs cannot be paired, so no difference is given.")
     several = [run.id for run in runs if len(run.parts) > 1]

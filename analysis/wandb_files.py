@@ -49,6 +49,7 @@ class WandbRun:
     id: str | None
     name: str
     group: str
+    job_type: str
     tags: list[str]
     started: float | None  # Unix seconds
     config: dict[str, Any]
@@ -95,6 +96,7 @@ def read_run(path: Path, metrics: Collection[str] | None = None) -> WandbRun:
         id=run.run_id or None,
         name=run.display_name,
         group=run.run_group,
+        job_type=run.job_type,
         tags=list(run.tags),
         started=started.seconds + started.nanos * 1e-9 if run.HasField("start_time") else None,
         config={key: value for key, value in flattened(config).items() if key.split(".")[0] != "_wandb"},

@@ -19,8 +19,8 @@ _MESSAGES = {
     "boolean: bool 4, integer: sint64 5, number: double 6, text: string 7, json: string 8",
     "ConfigRecord": "update: ConfigItem* 1, remove: ConfigItem* 2",
     "ConfigItem": "key: string 1, nested_key: string* 2, value_json: string 16",
-    "RunRecord": "run_id: string 1, config: ConfigRecord 4, run_group: string 6, display_name: string 8, "
-    "tags: string* 10, start_time: Timestamp 17",
+    "RunRecord": "run_id: string 1, config: ConfigRecord 4, run_group: string 6, job_type: string 7, "
+    "display_name: string 8, tags: string* 10, start_time: Timestamp 17",
     "RunExitRecord": "exit_code: int32 1",
     "Timestamp": "seconds: int64 1, nanos: int32 2",
 }

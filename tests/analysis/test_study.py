@@ -17,6 +17,7 @@ from analysis.load import Sweep
 from analysis.report import Report, build
 from analysis.study import EXAMPLE, load_study, read_study
 from analysis.summary import run_numbers
+from analysis.tables import runs_table
 from pipeline.config import ConfigError
 from pipeline.store import Row
 from tests.analysis.test_online import put
@@ -199,6 +200,47 @@ def test_different_budgets_are_no_comparison(home: Path) -> None:
     assert [c.kind for c in report(load(home)).comparisons] == ["different budget"]
 
 
+@pytest.mark.parametrize(
+    ("filters", "ids"),
+    [
+        ({"train.batch_size": 16.0}, ["r0", "r1"]),
+        ({"train.batch_size": [64.0], "rng": "1.0"}, ["r3"]),
+        ({"job_type": "train", "id": "r1"}, ["r1"]),
+    ],
+)
+def test_filters_compare_numbers_as_numbers(offline: Path, filters: dict[str, Any], ids: list[str]) -> None:
+    assert [run.id for run in load(offline, filters=filters).runs] == ids
+
+
+def test_runs_that_differ_in_a_key_without_a_name_are_refused(home: Path, capsys: Read) -> None:
+    for number, lr in enumerate((1, 2, 3)):
+        own = f"r{number}"
+        write(home, own, rows(2.0 + lr), config(16, 0, lr=lr, called=own), started=number)
+    words = refused(home)
+    assert "3 finished runs have batch: 16, seed: 0" in words and "r0, r1, r2" in words
+    assert "lr: 1 (1), 2 (1), 3 (1)" in words and "under axes:" in words and "with filters:" in words
+    assert "called" not in words, "it says nothing but which run this is"
+    assert [run.axes["lr"] for run in load(home, axes={"batch": "train.batch_size", "lr": "lr"}).runs] == [
+        *("1", "2", "3")
+    ]
+    assert [run.id for run in load(home, filters={"lr": 2}).runs] == ["r1"]
+
+
+def test_the_same_run_once_more_or_an_attempt_that_failed_is_not_refused(offline: Path) -> None:
+    write(offline, "again", rows(2.05), config(16, 0), started=8)
+    write(offline, "failed", rows(9.0), config(64, 0, attempt=1), code=1, started=9)
+    assert report(load(offline)).schedules[0].by_seed("val_loss") == {"0": 2.05, "1": 2.1}
+
+
+def test_runs_of_unknown_seeds_share_none(offline: Path) -> None:
+    for number, batch in enumerate((16, 16, 64)):
+        bare = {"train": {"batch_size": batch}}
+        write(offline, f"s{number}", rows(3.0), bare, started=10 + number)
+    found = report(load(offline))
+    assert [len(s.finished) for s in found.schedules] == [4, 3]
+    assert found.comparisons[0].difference is not None and found.comparisons[0].difference.n == 2
+
+
 # --- logs that are not as one would wish -----------------------------------------------------------------
 
 
@@ -310,6 +352,39 @@ def test_a_damaged_file_is_told(offline: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (None, "bytes cannot be read"),  # the first block of a whole file is damaged
+        (bytes(300), "so it is no .wandb file"),
+        (b"", "holds no record"),
+    ],
+)
+def test_a_file_that_tells_no_run_is_told_and_the_others_go_on(
+    offline: Path, data: bytes | None, words: str
+) -> None:
+    file = write(offline, "r9", rows(2.0), config(64, 9), started=9)
+    damaged = bytearray(file.read_bytes())
+    damaged[20] ^= 255
+    file.write_bytes(damaged if data is None else data)
+    sweep = load(offline)
+    assert [run.id for run in sweep.runs] == ["r0", "r1", "r2", "r3"]
+    (note,) = [note for note in sweep.cautions if note.startswith("Files that tell no run")]
+    assert "run-r9.wandb" in note and words in note
+
+
+def test_nothing_but_files_that_tell_no_run(home: Path) -> None:
+    write(home, "r0", rows(2.0), config(16, 0)).write_bytes(bytes(300))
+    words = refused(home)
+    assert "no run is there" in words and "run-r0.wandb cannot be read" in words
+
+
+def test_steps_that_are_log_calls_are_told(offline: Path) -> None:
+    bare = {name: metric for name, metric in METRICS.items() if name != "step"}
+    assert any("Steps are wandb's own, _step" in words for words in load(offline, metrics=bare).cautions)
+    assert not any("_step" in words for words in load(offline).cautions)
+
+
 def test_files_by_pattern_and_each_once(offline: Path) -> None:
     found = load(offline, files=["wandb/*-r[01]", "wandb/*/run-r1.wandb", str(offline / "wandb/*-r2")])
     assert [run.id for run in found.runs] == ["r0", "r1", "r2"]
@@ -327,7 +402,11 @@ def without(key: str) -> Callable[[dict[str, Any]], None]:
     [
         ({"metric": {}}, "metric: no such setting. Did you mean metrics?"),
         ({"name": None}, "name: missing"),
-        ({"name": "a/b"}, "without a slash"),
+        *(({"name": name}, "without a slash") for name in ("a/b", "/", ".", "..", "a\nb", " ")),
+        (
+            {"axes": {"steps": "rng"}},
+            "axes: steps: the table of runs has a column of that name. Call it config.steps: rng",
+        ),
         ({"source": "wandb"}, "either wandb-offline or wandb:ENTITY/PROJECT"),
         ({"files": None}, "files: missing"),
         ({"files": ["nowhere"]}, "files: nowhere: holds no run-*.wandb"),
@@ -381,6 +460,10 @@ def test_the_example_is_such_a_file(home: Path) -> None:
     found = read_study(path)
     assert set(vars(found)) == set(yaml.safe_load(EXAMPLE))
     assert found.metrics["val/loss"] == "eval/loss" and study.COUNTERS[0] in found.metrics
+
+
+def test_no_axis_takes_the_name_of_another_column(offline: Path) -> None:
+    assert set(runs_table(report(load(offline))).columns) == study.TAKEN | {"batch", "seed"}
 
 
 def test_numbers_are_those_of_the_last_measured_row(offline: Path) -> None:

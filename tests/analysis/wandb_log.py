@@ -34,7 +34,8 @@ def framed(records: Iterable[bytes]) -> bytes:
 
 
 def run_record(run_id: str, config: Mapping[str, Any], started: int = 1_760_000_000) -> bytes:
-    run = messages.RunRecord(run_id=run_id, display_name=f"name of {run_id}", run_group="g", tags=["a", "b"])
+    run = messages.RunRecord(run_id=run_id, display_name=f"name of {run_id}", tags=["a", "b"])
+    run.run_group, run.job_type = "g", "train"
     run.start_time.seconds = started
     run.start_time.nanos = 500_000_000
     for key, value in config.items():
