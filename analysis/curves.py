@@ -92,9 +92,10 @@ def throughput(trace: Trace) -> Curve | None:
     a short step as much as a long one.
     """
     columns = ("time", "tokens", "step")
+    counted = (pl.col("time") > 0) & pl.col("time").is_finite() & pl.col("tokens").is_finite()
     # A step of no measured duration adds its tokens to the next.
     rows = trace.rows.select(columns).unique("time", keep="last", maintain_order=True)
-    rows = pl.concat([pl.DataFrame({column: [0.0] for column in columns}), rows.filter(pl.col("time") > 0)])
+    rows = pl.concat([pl.DataFrame({column: [0.0] for column in columns}), rows.filter(counted)])
     time = rows["time"].to_numpy()
     if len(rows) < 2:
         return None

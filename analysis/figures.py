@@ -8,6 +8,7 @@ name their data, which `datasets` holds once for all of them. Colours come from 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def build(
     }
     every = [line for found in lines.values() for line in found]
     known = curves.common_axes(every)
-    ends = {axis: max((float(line.x[axis][-1]) for line in every), default=1.0) for axis in known}
+    ends = {axis: _end([float(line.x[axis][-1]) for line in every]) for axis in known}
     for name, found in _CURVES.items():
         datasets[f"{name}_runs"] = curves.run_lines(lines[name], known)
         datasets[f"{name}_means"] = curves.mean_lines(lines[name], known, found.resample, found.exact)
@@ -94,6 +95,10 @@ def build(
     figures = [figure for make in makers if (figure := make(drawing))]
     used = {name for figure in figures for panel in figure.panels for name in panel.names}
     return figures, {name: data for name, data in datasets.items() if name in used}
+
+
+def _end(ends: Sequence[float]) -> float:
+    return max((end for end in ends if math.isfinite(end)), default=1.0)
 
 
 @dataclass(frozen=True)

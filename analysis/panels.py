@@ -76,7 +76,7 @@ def _time_axis(seconds: float) -> Axis:
 
 def _nice_step(span: float) -> float:
     """A round distance that divides `span` into about five."""
-    rough = max(span, 1e-9) / 5 if math.isfinite(span) else 1.0
+    rough = max(span, 1e-9) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     return power * next(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
 
@@ -344,7 +344,7 @@ def loss(title: str, runs: Dataset, means: Dataset, share: float, measured: bool
     along = [
         (x, y)
         for x, y, axis in zip(means["x"], means["y"], means["axis"], strict=True)
-        if axis == "tokens" and y is not None
+        if axis == "tokens" and x is not None and y is not None
     ]
     end = max((x for x, _ in along), default=0)
     late = [y for x, y in along if x >= share * end] or drawn

@@ -842,3 +842,15 @@ def test_the_flops_of_a_large_model_are_drawn(home: Path) -> None:
     assert max(numbers) > 2**64
     over_flops = dataclasses.replace(validation, over=("flops",))
     assert figures.images(figures.joined(over_flops, report.datasets, report.labels))["svg"]
+
+
+@pytest.mark.parametrize("counter", ["time", "tokens"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_counter_that_is_no_number_ends_no_axis(home: Path, counter: str, value: float) -> None:
+    points = pairs({"constant_16": [2.0, 2.1]})
+    points[0].rows = [{**row, counter: value} for row in points[0].rows or []]
+    write_sweep("s", points)
+    report = build(load_sweep("s"), [], 0.0)
+    assert "Validation loss" in render_html(report)
+    for figure in report.figures:
+        assert figures.images(figures.joined(figure, report.datasets, report.labels))["svg"]
