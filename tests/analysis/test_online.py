@@ -346,7 +346,7 @@ def test_a_sweep_without_a_manifest_gets_a_file_to_begin_with(
         and "give s.yaml instead of s" in words
     )
     (home / "s.yaml").write_text(text)
-    found = build(load_study(home / "s.yaml"), ["schedule=constant"], 0.0)
+    found = build(load_study(home / "s.yaml"), ["batch.schedule=constant"], 0.0)
     (comparison,) = found.comparisons
     assert comparison.difference is not None
     assert comparison.difference.mean == pytest.approx(((1.9 - 2.0) + (2.05 - 2.1)) / 2)
