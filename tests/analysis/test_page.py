@@ -433,15 +433,11 @@ def test_a_poor_sweep_is_still_a_page(page: Browser, home: Path, state: str) -> 
 
 
 @pytest.mark.slow
-def test_a_page_of_100_long_runs_is_small_and_soon_there(page: Browser, home: Path) -> None:
-    """25 schedules of 4 seeds, 10,000 rows each."""
+def test_a_page_of_100_long_runs_is_small(page: Browser, home: Path) -> None:
+    """25 schedules of 4 seeds, 10,000 rows each. How soon it is there: benchmarks.report."""
     path = home / "report.html"
     path.write_text(render_html(build(many_long_runs(25, 4, 10_000), [], 0.0)))
     assert path.stat().st_size < 5e6
-    took = []
-    for _ in range(3):  # the best counts, since other work may disturb one
-        opened(page, path)
-        assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 9
-        took.append(page.evaluate("Number(document.body.dataset.drawn)"))
-    assert min(took) < 2000, took
+    opened(page, path)
+    assert page.evaluate("document.querySelectorAll('[data-chart] svg').length") == 7
     assert page.problems() == []
