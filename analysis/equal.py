@@ -23,7 +23,7 @@ from analysis.statistics import (
     p_value,
     paired_difference,
 )
-from analysis.verdict import Comparison
+from analysis.verdict import Comparison, of_difference
 
 Kind = Literal[
     "better",
@@ -133,15 +133,7 @@ def _compare(
 
 
 def _kind(losses: Sequence[float], difference: Estimate | None) -> Kind:
-    if not all(map(math.isfinite, losses)):
-        return "diverged"
-    if difference is None:
-        return "no shared seed"
-    if difference.low is None or difference.high is None:
-        return "one seed"
-    if difference.low <= 0 <= difference.high:
-        return "not distinguishable"
-    return "better" if difference.mean < 0 else "worse"
+    return of_difference(difference) if all(map(math.isfinite, losses)) else "diverged"
 
 
 def _means(values: Sequence[Sequence[float]]) -> tuple[float, float] | None:

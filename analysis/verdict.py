@@ -187,6 +187,13 @@ def _kind(schedule: Schedule, baseline: Schedule, difference: Estimate | None) -
         return "different budget"
     if schedule.diverged or baseline.diverged:
         return "diverged"
+    return of_difference(difference)
+
+
+def of_difference(
+    difference: Estimate | None,
+) -> Literal["better", "worse", "not distinguishable", "one seed", "no shared seed"]:
+    """What the interval of a loss minus that of the baseline says by itself."""
     if difference is None:
         return "no shared seed"
     if difference.low is None or difference.high is None:
