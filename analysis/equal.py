@@ -23,20 +23,18 @@ from analysis.statistics import (
     p_value,
     paired_difference,
 )
-from analysis.verdict import Comparison, of_difference
+from analysis.verdict import DECIDED, Comparison, OfDifference, of_difference
 
-Kind = Literal[
-    "better",
-    "worse",
-    "not distinguishable",
-    "one seed",
-    "no shared seed",
-    "diverged",
-    "no common range",  # where one ends, the other was not yet or no longer evaluated
-    "not recorded",  # on this axis
-    "not evaluated",  # in any finished run
-    "no baseline",
-]
+Kind = (
+    OfDifference
+    | Literal[
+        "diverged",
+        "no common range",  # where one ends, the other was not yet or no longer evaluated
+        "not recorded",  # on this axis
+        "not evaluated",  # in any finished run
+        "no baseline",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def _compare(
     losses, others = ({run.seed: run.loss_at(axis, place) for run in runs} for runs in (own, reference))
     difference = paired_difference(losses, others)
     kind = _kind([*losses.values(), *others.values()], difference)
-    decided = kind in ("better", "worse", "not distinguishable")
+    decided = kind in DECIDED
     return Equal(
         axis=axis,
         schedule=schedule,

@@ -19,7 +19,7 @@ import polars as pl
 from analysis.draft import draft
 from analysis.records import ROWS
 from analysis.sources import ONLINE, Log, Logs, Origin, attempt, source
-from pipeline.config import Config, ConfigError, nearest
+from pipeline.config import Config, ConfigError, did_you_mean
 from pipeline.identity import identity_fields
 from pipeline.store import RunDirectory, State, Status, home
 from pipeline.throughput import flops_per_token
@@ -129,9 +129,8 @@ def _read_manifest(name: str, source_name: str) -> dict[str, Any]:
     folder = home() / "sweeps"
     sweeps = sorted(path.parent.name for path in folder.glob("*/manifest.json"))
     if name not in sweeps:
-        hint = nearest(name, sweeps)
         problems = [
-            f"{name}: no such sweep in {folder}." + (f" Did you mean {hint}?" if hint else ""),
+            f"{name}: no such sweep in {folder}." + did_you_mean(name, sweeps),
             f"Sweeps: {', '.join(sweeps) or 'none yet'}",
         ]
         if source_name.startswith(ONLINE):

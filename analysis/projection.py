@@ -399,14 +399,9 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
-def _listed(values: Sequence[object]) -> str:
-    *most, last = map(str, values)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
 def _basis(fit: Fit) -> str:
     config = fit.example.config
-    ranks = f"{_listed(fit.ranks)} data-parallel rank{'' if fit.ranks == [1] else 's'}"
+    ranks = f"{text.listed(fit.ranks)} data-parallel rank{'' if fit.ranks == [1] else 's'}"
     tensor = f" of {config.parallel.tensor} GPUs each" if config.parallel.tensor > 1 else ""
     return (
         f"Measured in {fit.steps:,} steps on {ranks}{tensor}, each on {fit.example.hardware}: "
@@ -422,7 +417,7 @@ def _mixed(fit: Fit) -> list[str]:
         return []
     return [
         f"What hardware these runs had is not known here, nor whether all had the same (hosts: "
-        f"{_listed(fit.perhaps_unlike)}): their times are taken together as if they had."
+        f"{text.listed(fit.perhaps_unlike)}): their times are taken together as if they had."
     ]
 
 
@@ -454,12 +449,12 @@ def _checked(fit: Fit) -> str:
             f"{BENCHMARK_ERROR:.0%} ({BENCHMARK})."
         )
     found = [
-        f"on {check.ranks} from {_listed(check.from_ranks)} by {text.signed(100 * check.error, 0)}%"
+        f"on {check.ranks} from {text.listed(check.from_ranks)} by {text.signed(100 * check.error, 0)}%"
         for check in fit.checks
     ]
     return (
         f"Checked in this sweep: the time of its steps, predicted from other numbers of ranks, is off "
-        f"{_listed(found)}."
+        f"{text.listed(found)}."
     )
 
 
@@ -475,7 +470,7 @@ def _assumptions(projection: Projection) -> list[str]:
         )
     if projection.by_rank:
         found.append(
-            f"The batches of {_listed(projection.by_rank)} follow from differences between the "
+            f"The batches of {text.listed(projection.by_rank)} follow from differences between the "
             f"ranks of the run: on another number of ranks they would be others."
         )
     return found

@@ -22,7 +22,7 @@ from analysis import look
 from analysis.online import unreachable
 from analysis.render import render
 from analysis.report import Report
-from pipeline.config import ConfigError, nearest
+from pipeline.config import ConfigError, did_you_mean
 from pipeline.store import python, write_atomically
 
 PUBLISHED = "published.json"  # the id of the W&B Report by ENTITY/PROJECT
@@ -57,10 +57,8 @@ def publish(report: Report, folder: Path, place: str) -> str:
     with _wandb_errors(kept):
         projects = [each.name for each in api.projects(entity)]
     if project not in projects:  # else one would be made, and its charts would be empty
-        hint = nearest(project, projects)
         raise ConfigError(
-            f"--publish: wandb has no project {entity}/{project}."
-            + (f" Did you mean {hint}?" if hint else ""),
+            f"--publish: wandb has no project {entity}/{project}." + did_you_mean(project, projects),
             f"Offline runs are sent by: {python()} -m launchers sync {report.sweep.name}",
         )
     found = wr.Report(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
-import os
 import re
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 import jinja2
 import markupsafe
-import polars as pl
 import vl_convert
 
 from analysis import figures as charts
@@ -59,15 +58,11 @@ def write(report: Report, folder: Path) -> list[Path]:
     for name, content in texts.items():
         write_atomically(folder / name, content)
     for name, table in columns.items():
-        _write_parquet(table, folder / name)
+        parquet = io.BytesIO()
+        table.write_parquet(parquet)
+        write_atomically(folder / name, parquet.getvalue())
     pictures = [images / f"{figure.name}.png" for figure in report.figures]
     return [*(folder / name for name in (*texts, *columns)), *pictures]
-
-
-def _write_parquet(table: pl.DataFrame, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    table.write_parquet(temporary)
-    os.replace(temporary, path)
 
 
 def _write_images(spec: Spec, path: Path) -> None:
@@ -81,7 +76,7 @@ def _write_images(spec: Spec, path: Path) -> None:
     if svg.exists() and svg.read_bytes().endswith(mark):
         return
     for extension, content in charts.images(spec).items():
-        path.with_suffix(f".{extension}").write_bytes(content + (mark if extension == "svg" else b""))
+        write_atomically(path.with_suffix(f".{extension}"), content + (mark if extension == "svg" else b""))
 
 
 def render_html(report: Report) -> str:

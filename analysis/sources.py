@@ -19,9 +19,10 @@ from analysis import online
 from analysis.online import OnlineRun
 from analysis.records import COLUMNS, EMPTY, ROWS, latest, read_record, table
 from analysis.wandb_files import read_run
-from pipeline.config import Config, ConfigError, nearest, parse
+from pipeline.config import Config, ConfigError, did_you_mean, parse
 from pipeline.store import RunDirectory, State, Status, python
 
+OFFLINE = "wandb-offline"
 ONLINE = "wandb:"
 
 STATES: dict[str, State] = {  # by wandb's words
@@ -88,9 +89,8 @@ def source(name: str) -> Source:
         return _online(name.removeprefix(ONLINE))
     if name in SOURCES:
         return SOURCES[name]
-    hint = nearest(name, list(SOURCES))
     raise ConfigError(
-        f"--source {name}: no such source." + (f" Did you mean {hint}?" if hint else ""),
+        f"--source {name}: no such source." + did_you_mean(name, list(SOURCES)),
         f"Sources: {', '.join(SOURCES)}, {ONLINE}ENTITY/PROJECT",
     )
 
@@ -272,7 +272,7 @@ SOURCES = {
             lambda logs: damage_notes("Damaged records", _damage(logs)),
         ),
         Source(
-            Origin("wandb-offline", f"runs/*/{WANDB_FILES}", "wandb-offline"),
+            Origin(OFFLINE, f"runs/*/{WANDB_FILES}", OFFLINE),
             _each(_read_wandb),
             _wandb_cautions,
         ),

@@ -22,10 +22,10 @@ import yaml  # type: ignore[import-untyped]
 from analysis import online
 from analysis.load import SEED, UNKNOWN, PointState, Run, Sweep, record_of
 from analysis.records import COLUMNS, ROWS, latest, numbers
-from analysis.sources import ONLINE, STATES, Origin, attempt, damage_notes
-from analysis.summary import RunNumbers
+from analysis.sources import OFFLINE, ONLINE, STATES, Origin, attempt, damage_notes
+from analysis.summary import RunNumbers, show
 from analysis.wandb_files import WandbRun, read_run
-from pipeline.config import ConfigError, nearest
+from pipeline.config import ConfigError, did_you_mean
 from pipeline.store import home
 
 EXAMPLE = """\
@@ -44,7 +44,6 @@ EXAMPLE = """\
     time: _runtime                              # without it: wandb's clock, in seconds
 """
 
-OFFLINE = "wandb-offline"
 COUNTERS = ("step", "tokens", "time", "sequences")
 MEASURED = tuple(column for column in COLUMNS if column not in COUNTERS)
 _PART = {"part": pl.Int32, **ROWS}
@@ -167,7 +166,11 @@ def read_study(path: Path) -> Study:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no settings; python -m analysis --help shows what belongs there")
     options = list(Study.__dataclass_fields__)
-    problems = [f"{path}: {key}: no such setting.{_hint(key, options)}" for key in tree if key not in options]
+    problems = [
+        f"{path}: {key}: no such setting.{did_you_mean(str(key), options)}"
+        for key in tree
+        if key not in options
+    ]
     if problems:
         raise ConfigError(*problems, f"Settings: {', '.join(options)}")
     problems = [f"{path}: {key}: missing" for key in ("name", "source", "metrics") if not tree.get(key)]
@@ -218,7 +221,7 @@ def _check(path: Path, study: Study) -> None:
     for name in study.metrics:
         if name not in COLUMNS:
             raise ConfigError(
-                f"{path}: metrics: {name}: the report knows no such metric.{_hint(name, COLUMNS)}",
+                f"{path}: metrics: {name}: the report knows no such metric.{did_you_mean(name, COLUMNS)}",
                 f"It knows: {', '.join(COLUMNS)}",
             )
     if not any(name in study.metrics for name in LOSSES):
@@ -232,7 +235,7 @@ def _check_keys(path: Path, study: Study, runs: Sequence[Logged]) -> None:
         differing = [key for key in known if len({str(run.config.get(key)) for run in runs}) > 1]
         what, keys = ("Keys that differ", differing) if differing else ("Keys", known)
         raise ConfigError(
-            *(f"{path}: {key}: no run has this config key.{_hint(key, known)}" for key in unknown),
+            *(f"{path}: {key}: no run has this config key.{did_you_mean(key, known)}" for key in unknown),
             f"{what}: {_some(keys)}",
         )
 
@@ -241,17 +244,12 @@ def _refuse_metrics(path: Path, study: Study, known: set[str]) -> None:
     names = sorted(name for name in known if name not in _OWN)
     raise ConfigError(
         *(
-            f"{path}: metrics: {column}: no run has the metric {metric}.{_hint(metric, names)}"
+            f"{path}: metrics: {column}: no run has the metric {metric}.{did_you_mean(metric, names)}"
             for column, metric in study.metrics.items()
             if metric not in known
         ),
         f"There are: {_some(names)}",
     )
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    found = nearest(str(word), list(known))
-    return f" Did you mean {found}?" if found else ""
 
 
 def _some(names: Sequence[str]) -> str:
@@ -409,9 +407,9 @@ def _run(number: int, run: Logged, study: Study, rows: pl.DataFrame) -> Run:
         lacking = ", ".join(metric for metric in study.metrics.values() if metric not in run.metrics)
         state, problem = "UNREADABLE", problem or f"has no row with {lacking or 'what is asked for'}"
     value = run.config.get(study.seed) if study.seed else None
-    seed = run.id if value is None else _show(value)  # runs of unknown seeds share none
-    axes = {name: _show(run.config.get(key)) for name, key in study.axes.items()}
-    task = {key: _show(run.config.get(key)) for key in study.task}
+    seed = run.id if value is None else _as_text(value)  # runs of unknown seeds share none
+    axes = {name: _as_text(run.config.get(key)) for name, key in study.axes.items()}
+    task = {key: _as_text(run.config.get(key)) for key in study.task}
     return Run(number, run.id, {**axes, SEED: seed}, state, problem, None, None, [], run.url, task)
 
 
@@ -445,10 +443,8 @@ def _differing(runs: Sequence[Logged]) -> list[str]:
     ]
 
 
-def _show(value: object) -> str:
-    if value is None:
-        return UNKNOWN
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _as_text(value: object) -> str:
+    return UNKNOWN if value is None else show(value)
 
 
 def _cautions(study: Study, runs: Sequence[Logged]) -> list[str]:

@@ -252,7 +252,7 @@ def _batch_settings(runs: list[Run]) -> dict[str, str]:
     if config is None:
         return {}
     batch = identity_fields(config)["batch"]
-    return {key: _show(value) for key, value in batch.items() if value is not None}
+    return {key: show(value) for key, value in batch.items() if value is not None}
 
 
 def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -279,5 +279,5 @@ def tasks(schedules: Sequence[Schedule]) -> dict[str, list[Schedule]]:
     return dict(zip(names, found.values(), strict=True))
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -28,21 +28,12 @@ from analysis.statistics import (
     t_factor,
 )
 from analysis.summary import Schedule, comparable, in_short, tasks
-from pipeline.config import ConfigError, nearest
+from pipeline.config import ConfigError, did_you_mean
 
 SAME_BUDGET = 0.01  # budgets that differ by at most this share count as equal tokens
 
-Kind = Literal[
-    "better",
-    "worse",
-    "not distinguishable",
-    "one seed",
-    "no shared seed",
-    "diverged",
-    "different budget",
-    "not finished",
-    "no baseline",
-]
+OfDifference = Literal["better", "worse", "not distinguishable", "one seed", "no shared seed"]
+Kind = OfDifference | Literal["diverged", "different budget", "not finished", "no baseline"]
 DECIDED: tuple[Kind, ...] = ("better", "worse", "not distinguishable")
 
 
@@ -77,10 +68,8 @@ def parse_baseline(requests: Sequence[str], schedules: Sequence[Schedule]) -> di
     choices = list(dict.fromkeys(f"{a}={v}" for schedule in schedules for a, v in schedule.axes.items()))
     for request in requests:
         if request not in choices:
-            hint = nearest(request, choices)
             raise ConfigError(
-                f"--baseline {request}: no schedule of this sweep has that."
-                + (f" Did you mean {hint}?" if hint else ""),
+                f"--baseline {request}: no schedule of this sweep has that." + did_you_mean(request, choices),
                 f"Choices: {', '.join(choices) or f'none, since only {SEED} varies'}",
             )
     chosen: dict[str, str] = {}
@@ -190,9 +179,7 @@ def _kind(schedule: Schedule, baseline: Schedule, difference: Estimate | None) -
     return of_difference(difference)
 
 
-def of_difference(
-    difference: Estimate | None,
-) -> Literal["better", "worse", "not distinguishable", "one seed", "no shared seed"]:
+def of_difference(difference: Estimate | None) -> OfDifference:
     """What the interval of a loss minus that of the baseline says by itself."""
     if difference is None:
         return "no shared seed"
@@ -357,8 +344,8 @@ def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
     if other := next((c.baseline for c in level if c.schedule == best.label), None):
         return f"{lead}, not distinguishable from {other}."
     if others := [c.schedule for c in level if c.baseline == best.label]:
-        names = " and ".join(filter(None, [", ".join(others[:-1]), others[-1]]))
-        return f"{lead}; {names} {'is' if len(others) == 1 else 'are'} not distinguishable from it."
+        verb = "is" if len(others) == 1 else "are"
+        return f"{lead}; {text.listed(others)} {verb} not distinguishable from it."
     return f"{lead}."
 
 

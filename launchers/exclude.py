@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pipeline.config import Config, ConfigError, hints_of, nearest, parse_tokens
+from pipeline.config import Config, ConfigError, did_you_mean, hints_of, parse_tokens
 from pipeline.overrides import no_such_option, options_of
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -83,8 +83,11 @@ def _holds(comparison: Comparison, config: Config, choices: Mapping[str, str | N
         return compare(choices[name], _option(comparison))
     kinds = comparable()
     if name not in kinds:
-        hint = nearest(name, [*(group for group in choices if "/" not in group), *kinds])
-        raise _problem(comparison.text, "no such setting." + (f" Did you mean {hint}?" if hint else ""))
+        raise _problem(
+            comparison.text,
+            "no such setting."
+            + did_you_mean(name, [*(group for group in choices if "/" not in group), *kinds]),
+        )
     right = _right_side(comparison, kinds[name])
     left = functools.reduce(getattr, name.split("."), config)
     if left is None and comparison.operator in _ORDER:  # what is not set has no place in an order

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from launchers.plan import Plan, command_line
 from launchers.table import say
-from pipeline.config import ConfigError, nearest
+from pipeline.config import ConfigError, did_you_mean
 from pipeline.store import home, try_lock, write_atomically
 
 _PATIENCE_S = 600  # for another submission
@@ -52,10 +52,7 @@ def load(sweep: str) -> Manifest:
     """Raises ConfigError, naming the nearest sweep, when there is none of this name."""
     if manifest := read(sweep):
         return manifest
-    hint = nearest(sweep, names())
-    raise ConfigError(
-        f"{sweep}: no such sweep in {home() / 'sweeps'}." + (f" Did you mean {hint}?" if hint else "")
-    )
+    raise ConfigError(f"{sweep}: no such sweep in {home() / 'sweeps'}." + did_you_mean(sweep, names()))
 
 
 def holds(plan: Plan) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launchers import manifest, scheduler
 from launchers.state import Queue, RunState, run_state
-from pipeline.config import ConfigError, nearest
+from pipeline.config import ConfigError, did_you_mean, nearest
 from pipeline.store import RunDirectory, Status, home
 
 ORDER: tuple[RunState, ...] = (
@@ -39,10 +39,9 @@ class Target:
         for condition in conditions:
             axis, equals, values = condition.partition("=")
             if axis not in self.axes or not equals:
-                hint = nearest(axis, self.axes)
                 raise ConfigError(
                     f"--only {condition}: not of the form axis=value. What varies in {self.name}: "
-                    f"{', '.join(self.axes) or 'nothing'}." + (f" Did you mean {hint}?" if hint else "")
+                    f"{', '.join(self.axes) or 'nothing'}." + did_you_mean(axis, self.axes)
                 )
             wanted = {values, *values.split(",")}  # a value may be a list with commas of its own
             runs = [run for run in runs if self.values[run].get(axis) in wanted]

@@ -392,11 +392,16 @@ def nearest(word: str, candidates: Sequence[str]) -> str | None:
     return leaves[match[0]] if match else None
 
 
+def did_you_mean(word: str, candidates: Sequence[str]) -> str:
+    """The end of an error message; empty where nothing is near."""
+    hint = nearest(word, candidates)
+    return f" Did you mean {hint}?" if hint else ""
+
+
 def unknown_key(key: str) -> str:
     if key.partition(".")[0] == "experiment":
         return "experiment: its file in conf/experiment/ must begin with the line `# @package _global_`"
-    hint = nearest(key, known_keys())
-    return f"{key}: no such setting." + (f" Did you mean {hint}?" if hint else "")
+    return f"{key}: no such setting." + did_you_mean(key, known_keys())
 
 
 def _convert(kind: type[T], tree: Any, path: str, problems: list[str]) -> T:

@@ -14,7 +14,7 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from pipeline.config import ConfigError, known_keys, nearest, unknown_key
+from pipeline.config import ConfigError, did_you_mean, known_keys, nearest, unknown_key
 from pipeline.store import home
 
 _ELSEWHERE = "Choose another place with CRESCENDO_HOME"
@@ -103,10 +103,9 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
-    hint = nearest(option.lower(), options)
     return (
         f"{group}={option}: no such option of {group}."
-        + (f" Did you mean {hint}?" if hint else "")
+        + did_you_mean(option.lower(), options)
         + f" Options: {', '.join(options)}"
     )
 

@@ -61,13 +61,13 @@ def python() -> str:
     return str(this.relative_to(Path.cwd()) if this.is_relative_to(Path.cwd()) else this)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` whole: a reader sees the old or the new text, also after a power cut."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces `path` whole: a reader sees the old or the new content, also after a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
