@@ -384,11 +384,11 @@ def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str]
 
 
 def children_of(pid: int) -> list[int]:
-    return [
-        int(child)
-        for path in Path(f"/proc/{pid}/task").glob("*/children")
-        for child in path.read_text().split()
-    ]
+    children: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
+            children += map(int, path.read_text().split())
+    return children
 
 
 def command_of(pid: int) -> str:
