@@ -1,6 +1,7 @@
 """Checkpoints: everything that decides how a run goes on.
 
-    checkpoints/step-00000120/   torch.distributed.checkpoint: model and optimizer, by parameter name
+    checkpoints/step-00000120/   torch.distributed.checkpoint: model and optimizer, by parameter name; of
+                                 replicas their mean as the model, and what each has under its own name
                 progress.json    where the run stands: clock, stream position, batch schedule; of what model
                 partial-…        being written, or left by a process that died; removed at the next start
                 torn-…           found damaged and passed over; nothing reads it again, and it is removed
@@ -45,6 +46,7 @@ from pipeline.config import ConfigError
 from pipeline.optim._batch_scaling import Noise
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import MetricsWriter, RunDirectory, report, sync_directory, write_atomically
+from pipeline.sync import Method
 
 CHECKPOINT_SCHEMA = 3  # raise it when what a checkpoint holds begins to mean something else
 SAVE_TIMEOUT = timedelta(minutes=30)
@@ -119,7 +121,9 @@ class Checkpointer:
         record: MetricsWriter | None,
         settings: Mapping[str, Any],
         keep: int,
+        sync: Method | None = None,
     ) -> None:
+        self._sync = sync  # of ranks that are replicas: each saves its own model, moments and messages
         self._keep = keep  # the newest so many
         self._run, self._ranks, self._model, self._optimizer = run, ranks, model, optimizer
         self._captured = captured  # what the gradient statistics remember, by parameter name
@@ -143,6 +147,9 @@ class Checkpointer:
             return
         partial = self._run.checkpoints / f"partial-{progress.step:08d}"
         tensors = self._tensors()
+        if self._sync:  # what an export reads
+            replica = self._sync.replica
+            tensors["model"] = replica.by_name(replica.averaged(replica.weights()))
         copier = DefaultStager(StagingOptions(False, False, False, False))  # it has copied when it returns
         written = dcp.async_save(
             tensors, storage_writer=_Writer(partial), async_stager=copier, process_group=self._group
@@ -230,7 +237,17 @@ class Checkpointer:
     def _tensors(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
         tensors = {"model": model_state, "optimizer": optimizer_state}
-        return tensors | ({"captured": dict(self._captured)} if self._captured else {})
+        if self._captured:
+            tensors["captured"] = dict(self._captured)
+        if self._sync is None:
+            return tensors
+        if state := dict(self._sync.state()):
+            tensors["sync"] = state
+        return {self._own: tensors}
+
+    @property
+    def _own(self) -> str:
+        return f"replica-{self._ranks.rank}"
 
     def _place(self, progress: Progress) -> Path:
         return self._run.checkpoints / f"step-{progress.step:08d}"
@@ -311,6 +328,9 @@ class Checkpointer:
                 if not isinstance(cause, FileNotFoundError):
                     raise CheckpointError(_unreadable(path, cause, rank)) from None
             return _in_one_line(error)
+        if self._sync:
+            tensors = tensors[self._own]
+            self._sync.load_state(tensors.get("sync", {}))
         model_state, optimizer_state = tensors["model"], tensors["optimizer"]
         set_state_dict(
             self._model, self._optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 import pipeline.batch as batch_schedules
 import pipeline.optim as optimizers
 import pipeline.parallel as strategies
+import pipeline.sync as sync_methods
 from pipeline.batch import BatchPlan
 
 Positive = "above 0"  # marks fields that must be
@@ -155,7 +156,33 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class SyncConfig:
-    method: Literal["allreduce"]
+    method: str
+    period: PositiveInt
+    warm_steps: int
+    group_size: PositiveInt | None
+    grace_ms: float
+    consensus: bool
+
+
+@dataclass(frozen=True)
+class ImbalanceConfig:
+    kind: Literal["none", "delay", "lognormal"]
+    ranks: PositiveInt
+    delay_ms: float
+    sigma: PositiveFloat
+    compute_ms: float
+    seed: int
+
+    @property
+    def read(self) -> list[str]:
+        """The settings that can change anything."""
+        of_kind = {
+            "none": [],
+            "delay": ["ranks", "delay_ms", "seed"],
+            "lognormal": ["delay_ms", "sigma", "seed"],
+        }
+        read = [*of_kind[self.kind], *(["compute_ms"] if self.compute_ms else [])]
+        return ["kind", *read] if read else []
 
 
 @dataclass(frozen=True)
@@ -241,6 +268,7 @@ class Config:
     parallel: ParallelConfig
     batch: BatchConfig
     sync: SyncConfig
+    imbalance: ImbalanceConfig
     optim: OptimConfig
     lr: LearningRateConfig
     eval: EvalConfig
@@ -544,6 +572,8 @@ def check(config: Config) -> None:
         *check_mesh(config),
         *_check_data(config),
         *_check_batch(config),
+        *_check_sync(config),
+        *_check_imbalance(config),
         *_check_optimisation(config),
         *_check_launch(config),
     ]
@@ -671,6 +701,60 @@ def _check_batch(config: Config) -> list[str]:
         problems.append(
             f"{key}={budget.stop_tokens or budget.tokens}: less than one batch{after} (the first is {first} "
             f"sequences × data.sequence_length={length} = {first * length} tokens)"
+        )
+    return problems
+
+
+def _check_sync(config: Config) -> list[str]:
+    sync, parallel, batch = config.sync, config.parallel, config.batch
+    if unknown := _one_of("sync.method", sync.method, sync_methods.names()):
+        return unknown
+    problems = [
+        f"sync.{key}={value}: must not be negative"
+        for key, value in (("warm_steps", sync.warm_steps), ("grace_ms", sync.grace_ms))
+        if value < 0
+    ]
+    method = sync_methods.method_class(sync.method)
+    if not method.replicas:
+        return problems
+    if parallel.strategy != "ddp" or parallel.replicate < 2:
+        problems.append(
+            f"sync={sync.method}: its replicas are ranks of parallel=ddp, at least 2, not of "
+            f"parallel={parallel.strategy} parallel.replicate={parallel.replicate}. Nearest: parallel=ddp "
+            f"parallel.replicate={max(2, parallel.replicate)}, or sync=allreduce"
+        )
+    if config.branch.run:
+        problems.append(f"branch.run={config.branch.run}: a branch goes on as one model; use sync=allreduce")
+    if config.lr.batch_scaling == "adascale":
+        problems.append(
+            f"lr.batch_scaling=adascale: compares gradients in every step, sync={sync.method} not"
+        )
+    if batch.schedule in batch_schedules.names():
+        needs = batch_schedules.schedule_class(batch.schedule)(config).needs
+        if needs and not method.tests_batches:
+            able = [name for name in sync_methods.names() if sync_methods.method_class(name).tests_batches]
+            problems.append(
+                f"batch={batch.schedule} sync={sync.method}: its replicas never have gradients to compare. "
+                f"Use a planned batch or one of sync={', '.join(able)}"
+            )
+        elif needs and needs.units != "worker":
+            problems.append(
+                f"batch.estimator={batch.estimator} sync={sync.method}: replicas compare the gradients of "
+                f"their shares. Use batch.estimator=worker"
+            )
+    return problems + method.check(config)
+
+
+def _check_imbalance(config: Config) -> list[str]:
+    imbalance, ranks = config.imbalance, config.parallel.data_ranks
+    problems = [
+        f"imbalance.{key}={value}: must not be negative"
+        for key, value in (("delay_ms", imbalance.delay_ms), ("compute_ms", imbalance.compute_ms))
+        if value < 0
+    ]
+    if imbalance.kind == "delay" and imbalance.ranks > ranks:
+        problems.append(
+            f"imbalance.ranks={imbalance.ranks}: of {ranks} data-parallel ranks. Nearest: {ranks}"
         )
     return problems
 

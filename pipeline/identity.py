@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import pipeline.batch as batch_schedules
+import pipeline.sync as sync_methods
 from pipeline.config import Config, check, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
@@ -25,7 +26,8 @@ def identity_fields(config: Config) -> dict[str, Any]:
     worker counts.
 
     Settings of the batch group that its schedule does not read are left out too, so that
-    `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two.
+    `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two; likewise those of the sync
+    group, and of the imbalance group.
     """
     tree: dict[str, Any] = to_tree(config)
     for key in _EXCLUDED:
@@ -36,6 +38,11 @@ def identity_fields(config: Config) -> dict[str, Any]:
             del tree[group]
     read = batch_schedules.schedule_class(config.batch.schedule).settings | {"schedule"}
     tree["batch"] = {key: value for key, value in tree["batch"].items() if key in read}
+    read = sync_methods.method_class(config.sync.method).settings | {"method"}
+    tree["sync"] = {key: value for key, value in tree["sync"].items() if key in read}
+    tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
+    if not config.imbalance.read:
+        del tree["imbalance"]
     return tree
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -22,12 +23,16 @@ from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
+from pipeline.imbalance import Imbalance
 from pipeline.model.llama import Llama, loss_sum
 from pipeline.optim._batch_scaling import BatchScaling
 from pipeline.optim._learning_rate import learning_rate
 from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import MetricsWriter, Row, RunDirectory, home, report
+from pipeline.sync import method_class
+from pipeline.sync._agreement import Agreement, Report, Sketch, row_of
+from pipeline.sync._replica import Replica
 from pipeline.throughput import flops_per_token, peak_flops
 from pipeline.track import Tracker
 
@@ -68,6 +73,7 @@ def train(config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> bool
             due = trainer.save_agreed or trainer.crossed(config.checkpoint.interval_tokens)
             if trainer.finished or trainer.stop_agreed or due:
                 trainer.save()
+        trainer.sync.close()
         exit_code = 0 if trainer.finished else 1
     finally:
         trainer.close(exit_code)
@@ -97,7 +103,12 @@ class Trainer:
         self.model: nn.Module = self.strategy.apply(model)
         self.optimizer = optim.build(self.model, config.optim)
         self.parameters = list(self.model.parameters())
-        self.squared_norm = SquaredNorm(self.parameters, ranks.world_size, self.device)
+        self.replica = Replica(self.model, ranks)
+        self.sync = method_class(config.sync.method)(config, ranks, self.replica)
+        # Of a replica the norm is its own; of one model each rank has a part of it.
+        holders = 1 if self.sync.replicas else ranks.world_size
+        self.squared_norm = SquaredNorm(self.parameters, holders, self.device)
+        self.imbalance = Imbalance(config.imbalance, ranks.data_rank, ranks.data_ranks)
 
         self.schedule = schedule_class(config.batch.schedule)(config)
         self.batch_scaling = BatchScaling(config)
@@ -120,9 +131,15 @@ class Trainer:
             self.optimizer,
             captured,
             self.metrics,
-            model_settings,
+            model_settings | ({"sync.replicas": ranks.data_ranks} if self.sync.replicas else {}),
             config.checkpoint.keep,
+            self.sync if self.sync.replicas else None,
         )
+        self.agreement = Agreement(ranks, self.sync.drift_steps) if self.sync.replicas else None
+        self.sketch: Sketch | None = None
+        if config.sync.consensus and self.sync.replicas:
+            self.sketch = Sketch(sum(p.numel() for p in self.parameters), self.device)
+        self.unreported: deque[Row] = deque()  # rows that wait for what other replicas say of their steps
         self.stop_agreed = self.save_agreed = False  # by all ranks, in the step just done
         self.resumed_at = time.perf_counter()  # training time runs from here
         self.status_at = self.stop_looked_at = 0.0
@@ -152,32 +169,44 @@ class Trainer:
 
     def step(self) -> None:
         progress, decision = self.progress, self.progress.next_batch
+        number = progress.step + 1
         size = min(decision.size, self.config.budget_sequences - progress.sequences)
-        tested = self.schedule.wants_statistics(progress.schedule, progress.step + 1, self.tokens)
+        tested = self.schedule.wants_statistics(progress.schedule, number, self.tokens)
         measured = self._capture_of(size) if tested or self.batch_scaling.needs else None
-        loss, statistics, squared_norm = self._gradient(progress.sequences, size, measured)
         factor = self.batch_scaling.factor(decision.size, progress.first_batch, progress.noise)
         rate = learning_rate(
             self.config,
-            step=progress.step + 1,
+            step=number,
             start=self.tokens,
             step_tokens=size * self.length,
             batch_factor=factor,
         )
+        self.waited_s = 0.0
+        with self._waiting():
+            self.sync.before_backward(number)
+        self.imbalance.sleep(number)
+        share_of_loss = self._backward(progress.sequences, size, measured)
+        if self.sync.replicas:
+            loss, statistics, squared_norm = self._own_gradient(share_of_loss, measured, number, rate)
+        else:
+            loss, statistics, squared_norm = self._summed_gradient(share_of_loss, measured)
         finite = math.isfinite(loss) and math.isfinite(squared_norm)
         if finite:
             self._update(math.sqrt(squared_norm), rate)
+            with self._waiting():
+                self.sync.after_step(number)
 
         self.tokens_before = self.tokens
         progress.step += 1
         progress.sequences += size
         self._decide(size, statistics, tested)
+        reports = self._agree(loss, squared_norm) if self.agreement else []
         now = time.perf_counter()
         seconds, self.resumed_at = now - self.resumed_at, now
         progress.time += seconds
         if self.ranks.is_main:
             row = self._train_row(loss, squared_norm, rate, size, seconds, decision, statistics)
-            self._log({**row, "lr/batch_factor": factor})
+            self._log_trained({**row, "lr/batch_factor": factor}, reports)
         if not finite:
             raise TrainingFailed(
                 f"step {progress.step}: training loss {loss}, squared gradient norm {squared_norm}; "
@@ -190,12 +219,10 @@ class Trainer:
         last = self.progress.sequences + size >= self.config.budget_sequences
         return None if last else self.capture
 
-    def _gradient(
-        self, first: int, size: int, capture: Capture | None
-    ) -> tuple[float, GradientStatistics | None, float]:
-        """Mean loss per token of the sequences [first, first + size), their statistics, and ‖g‖².
+    def _backward(self, first: int, size: int, capture: Capture | None) -> torch.Tensor:
+        """This rank's part of the mean loss per token of the sequences [first, first + size).
 
-        Leaves the gradient of the mean loss in `.grad`. Statistics are of that gradient before clipping.
+        Leaves the gradient of that mean in `.grad`; in a replica's that of its own share.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -218,7 +245,12 @@ class Trainer:
                     (unit_loss * scale).backward()
             loss += unit_loss.detach() * (count / size)
         self.strategy.complete_gradients(self.parameters)
+        return loss
 
+    def _summed_gradient(
+        self, loss: torch.Tensor, capture: Capture | None
+    ) -> tuple[float, GradientStatistics | None, float]:
+        """Of the one model: mean loss per token, statistics before clipping, and ‖g‖². All ranks meet."""
         # Ranks that share matrix products have the same loss.
         squared_norm = self.squared_norm(self._local_gradients())
         own = [loss.view(1) / self.ranks.tensor_ranks, squared_norm.view(1), self._requests()]
@@ -228,6 +260,48 @@ class Trainer:
         self.stop_agreed, self.save_agreed = stop > 0, save > 0
         statistics = capture.statistics(sums, mean_sq_norm) if capture else None
         return mean_loss, statistics, mean_sq_norm
+
+    def _own_gradient(
+        self, loss: torch.Tensor, capture: Capture | None, step: int, rate: float
+    ) -> tuple[float, GradientStatistics | None, float]:
+        """Of this replica: its part of the mean loss, and ‖g‖² of what it will apply. Replicas meet only for
+        statistics, which are of the gradients of their shares."""
+        statistics = capture.statistics(self.ranks.sum(capture.sums()), None) if capture else None
+        with self._waiting():
+            self.sync.before_step(step, rate)
+        return loss.item(), statistics, self.squared_norm(self._local_gradients()).item()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around what a replica does for the others, and waits for."""
+        began = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - began
+
+    def _agree(self, loss: float, squared_norm: float) -> list[Report]:
+        """Tells the other replicas of the step just done. What all of them have told meanwhile, whole up to
+        this step where they are to meet."""
+        assert self.agreement
+        stop, save = self._requests().tolist()
+        values = {"loss": loss, "squared_norm": squared_norm, "stop": stop, "save": save}
+        self.observed = {"wait_s": self.waited_s, "wait_s_max": self.waited_s, **self.sync.observed()}
+        values |= self.observed
+        if self.sketch:
+            values |= self.sketch(self.replica.weights())
+        self.save_agreed = False
+        reports = self.agreement.tell(values)
+        self._hear(reports)
+        interval = self.config.checkpoint.interval_tokens
+        meet = self.finished or self.crossed(self.config.eval.interval_tokens) or self.crossed(interval)
+        if meet or self.stop_agreed or self.save_agreed:
+            late = self.agreement.wait()
+            self._hear(late)
+            reports += late
+        return reports
+
+    def _hear(self, reports: list[Report]) -> None:
+        self.stop_agreed |= any(report["stop"].max() > 0 for report in reports)
+        self.save_agreed |= any(report["save"].max() > 0 for report in reports)
 
     def _requests(self) -> torch.Tensor:
         """What the main rank asks of all, [stop, save], so that they agree on it in the sum of the step."""
@@ -303,7 +377,18 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Mean loss per token of the first `eval.sequences` held-out sequences."""
+        """Mean loss per token of the first `eval.sequences` held-out sequences; of replicas, that of their
+        mean."""
+        with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
+            total_loss, total = self._held_out_loss()
+        if self.ranks.is_main:
+            self._log({**self._clock(), "val/loss": total_loss / (total * self.length)})
+        if not math.isfinite(total_loss):
+            raise TrainingFailed(f"step {self.progress.step}: validation loss {total_loss}")
+        self.resumed_at = time.perf_counter()
+
+    def _held_out_loss(self) -> tuple[float, int]:
+        """(sum over tokens, sequences)."""
         total = min(self.config.eval.sequences, self.held_out.sequences_per_epoch)
         loss = torch.zeros(1, dtype=torch.float64, device=self.device)
         for start, count in self._my_units(0, total):
@@ -312,11 +397,7 @@ class Trainer:
                 unit_loss = self._loss(*self._on_device(self.held_out.read(start, max(count, 1))))
             loss += unit_loss if count else 0
         (total_loss,) = self.ranks.sum(loss / self.ranks.tensor_ranks)
-        if self.ranks.is_main:
-            self._log({**self._clock(), "val/loss": total_loss / (total * self.length)})
-        if not math.isfinite(total_loss):
-            raise TrainingFailed(f"step {self.progress.step}: validation loss {total_loss}")
-        self.resumed_at = time.perf_counter()
+        return total_loss, total
 
     @torch.no_grad()
     def save(self) -> None:
@@ -341,6 +422,7 @@ class Trainer:
                 report(f"resumed at step {self.progress.step}, {self.tokens} tokens")
         elif self.config.branch.run:
             self._branch(RunDirectory.find(self.config.branch.run))
+        self.sync.start(self.progress.step)
         self.stop_agreed = self.ranks.from_main(self.run.stop_requested() is not None)
         self.resumed_at, self.saved_at = time.perf_counter(), time.monotonic()
 
@@ -402,6 +484,17 @@ class Trainer:
             row |= self.progress.next_batch.log
         return row
 
+    def _log_trained(self, row: Row, reports: list[Report]) -> None:
+        """The row of a step; of replicas only when all have told what they know of that step."""
+        if not self.sync.replicas:
+            self._log(row)
+            return
+        self.unreported.append(row)
+        for heard in reports:
+            norm = math.sqrt(heard["squared_norm"].mean())
+            told = {"train/loss": float(heard["loss"].sum()), "grad/norm": norm}
+            self._log({**self.unreported.popleft(), **told, **row_of(heard, list(self.observed))})
+
     def _log(self, row: Row) -> None:
         assert self.metrics and self.tracker
         self.metrics.write(row)
@@ -418,6 +511,7 @@ class Trainer:
                 self.run.update_status(step=row["step"], tokens_seen=row["tokens"])
 
     def close(self, exit_code: int) -> None:
+        self.sync.abort()
         self.data.close()
         self.checkpoints.close()
         if self.tracker and self.metrics:

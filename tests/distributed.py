@@ -3,6 +3,7 @@ own traceback."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import time
@@ -27,8 +28,14 @@ def gloo_ranks(
     A rank that raises fails the test with its own traceback; a rank that hangs is killed after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as directory:
-        context = torch.multiprocessing.spawn(
-            _rank, (world_size, directory, function, arguments), nprocs=world_size, join=False
+        # From a process that has imported all they need: 8 new interpreters would take a minute to do so.
+        multiprocessing.set_forkserver_preload(["pipeline.train", "tests.distributed", "tests.support"])
+        context = torch.multiprocessing.start_processes(
+            _rank,
+            (world_size, directory, function, arguments, dict(os.environ)),
+            nprocs=world_size,
+            join=False,
+            start_method="forkserver",
         )
         deadline = time.monotonic() + timeout_s
         while not context.join(timeout=0.2):
@@ -41,8 +48,15 @@ def gloo_ranks(
 
 
 def _rank(
-    rank: int, world_size: int, directory: str, function: Callable[..., object], arguments: Any
+    rank: int,
+    world_size: int,
+    directory: str,
+    function: Callable[..., object],
+    arguments: Any,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()  # that of the test, not of its first predecessor
+    os.environ.update(environment)
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     store = f"file://{directory}/store"

@@ -11,7 +11,7 @@ annotations of its hook, so they must not be strings: no `from __future__ import
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,24 @@ class BucketExchange:
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         future.set_result(flat)
         return future
+
+
+# --- replicas
+
+
+class ReplicaExchange:
+    """For replicas, whose gradients nothing averages: shows `see` the rows of all of it at once."""
+
+    def __init__(self, parameters: Iterable[torch.Tensor], see: Callable[[torch.Tensor], None]) -> None:
+        self._parameters, self._see = list(parameters), see
+        self.active = False
+
+    def show(self) -> None:
+        """The gradients in `.grad`. All ranks call it."""
+        flat = torch.cat([p.grad.view(-1) for p in self._parameters if p.grad is not None])
+        everyone = dist.group.WORLD
+        assert everyone
+        self._see(exchange(padded(flat, everyone.size()), everyone))
 
 
 # --- FSDP2

@@ -14,10 +14,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.gradients.dtensor import mesh_axis, shares
-from pipeline.gradients.exchange import BucketExchange, Layer, ShardExchange, exchange, padded
+from pipeline.gradients.exchange import (
+    BucketExchange,
+    Layer,
+    ReplicaExchange,
+    ShardExchange,
+    exchange,
+    padded,
+)
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.statistics import (
     BINS_PER_OCTAVE,
@@ -43,9 +51,11 @@ class WorkerCapture:
         self._ranks = ranks
         self._replicas: dist.ProcessGroup | None = None  # to fetch the rows of other replicas from
         self._column_shares: list[torch.Tensor | None] = []
-        self._exchange: BucketExchange | ShardExchange
+        self._exchange: BucketExchange | ReplicaExchange | ShardExchange
         if isinstance(model, DistributedDataParallel):
             self._exchange = BucketExchange(model, self._see)
+        elif not isinstance(model, FSDPModule):
+            self._exchange = ReplicaExchange(model.parameters(), self._see)
         else:
             replica_axis = mesh_axis(next(model.parameters()), "replicate")
             if replica_axis and replica_axis.size() > 1:
@@ -130,26 +140,30 @@ class WorkerCapture:
 
     def sums(self) -> torch.Tensor:
         """This rank's part of what `statistics` needs, float64; to be summed over all ranks."""
+        if isinstance(self._exchange, ReplicaExchange):
+            self._exchange.show()
         self._exchange.active = False
         parts = [self._gram.flatten()]
         if self._coordinates is not None:
             parts.append(self._coordinates)
         return torch.cat(parts)
 
-    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float | None = None) -> GradientStatistics:
+        """`mean_sq_norm`: None where nobody has the mean of the gradients; then it follows from them."""
         count = len(self._sequences)
         gram = np.array(sums[: count**2]).reshape(count, count)
         coordinates = None
         if self._coordinates is not None:
             deviation, magnitude, *ratio_counts = sums[count**2 :]
             coordinates = Coordinates(deviation, magnitude, tuple(ratio_counts))
+        workers = WorkerProducts(self._sequences, gram)
         return GradientStatistics(
             units=count,
             sequences=self._step_sequences,
             sum_weighted_sq_norm=float(np.array(self._sequences) @ np.diag(gram)),
             sum_sq_norm=float(np.trace(gram)),
-            mean_sq_norm=mean_sq_norm,
-            workers=WorkerProducts(self._sequences, gram),
+            mean_sq_norm=workers.mean_sq_norm if mean_sq_norm is None else mean_sq_norm,
+            workers=workers,
             coordinates=coordinates,
         )
 

@@ -1,4 +1,5 @@
-"""Data parallel: every rank holds the whole model; gradients are averaged once per optimizer step."""
+"""Data parallel: every rank holds the whole model; gradients are averaged once per optimizer step, unless
+the ranks are replicas that agree in another way (pipeline.sync)."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING, cast
 
 from pipeline.parallel import _strategy
+from pipeline.sync import method_class
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,10 +27,14 @@ class Strategy(_strategy.Strategy):
     def apply(self, model: Llama) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
+        if method_class(self.config.sync.method).replicas:
+            return super().apply(model)
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(super().apply(model), device_ids=devices, gradient_as_bucket_view=True)
 
     def micro_batch(
         self, model: nn.Module, *, last: bool, whole: bool
     ) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext() if last else cast("DistributedDataParallel", model).no_sync()
+        if last or method_class(self.config.sync.method).replicas:
+            return contextlib.nullcontext()
+        return cast("DistributedDataParallel", model).no_sync()
