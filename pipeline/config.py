@@ -90,6 +90,7 @@ class DataConfig:
     tokenizer: str
     sequence_length: PositiveInt
     micro_batch: PositiveInt
+    distribution: Literal["shared", "by_rank"]
     validation_fraction: float
     seed: int
     workers: PositiveInt | None
@@ -166,10 +167,11 @@ class SyncConfig:
 
 @dataclass(frozen=True)
 class ImbalanceConfig:
-    kind: Literal["none", "delay", "lognormal"]
+    kind: Literal["none", "delay", "lognormal", "variable_length"]
     ranks: PositiveInt
     delay_ms: float
     sigma: PositiveFloat
+    min_share: PositiveFloat
     compute_ms: float
     seed: int
 
@@ -180,6 +182,7 @@ class ImbalanceConfig:
             "none": [],
             "delay": ["ranks", "delay_ms", "seed"],
             "lognormal": ["delay_ms", "sigma", "seed"],
+            "variable_length": ["min_share", "seed"],
         }
         read = [*of_kind[self.kind], *(["compute_ms"] if self.compute_ms else [])]
         return ["kind", *read] if read else []
@@ -721,7 +724,7 @@ def _check_sync(config: Config) -> list[str]:
         problems.append(
             f"sync={sync.method}: its replicas are ranks of parallel=ddp, at least 2, not of "
             f"parallel={parallel.strategy} parallel.replicate={parallel.replicate}. Nearest: parallel=ddp "
-            f"parallel.replicate={max(2, parallel.replicate)}, or sync=allreduce"
+            f"parallel.replicate={max(2, parallel.data_ranks)}, or sync=allreduce"
         )
     if config.branch.run:
         problems.append(f"branch.run={config.branch.run}: a branch goes on as one model; use sync=allreduce")
@@ -752,6 +755,13 @@ def _check_imbalance(config: Config) -> list[str]:
         for key, value in (("delay_ms", imbalance.delay_ms), ("compute_ms", imbalance.compute_ms))
         if value < 0
     ]
+    if imbalance.min_share > 1:
+        problems.append(f"imbalance.min_share={imbalance.min_share}: must be at most 1")
+    if imbalance.kind == "variable_length" and config.parallel.tensor > 1:
+        problems.append(
+            f"imbalance=variable_length: parallel.tensor={config.parallel.tensor} ranks share each sequence. "
+            f"Use parallel.tensor=1"
+        )
     if imbalance.kind == "delay" and imbalance.ranks > ranks:
         problems.append(
             f"imbalance.ranks={imbalance.ranks}: of {ranks} data-parallel ranks. Nearest: {ranks}"

@@ -40,6 +40,8 @@ def identity_fields(config: Config) -> dict[str, Any]:
     tree["batch"] = {key: value for key, value in tree["batch"].items() if key in read}
     read = sync_methods.method_class(config.sync.method).settings | {"method"}
     tree["sync"] = {key: value for key, value in tree["sync"].items() if key in read}
+    if config.data.distribution == "shared":
+        del tree["data"]["distribution"]
     tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
     if not config.imbalance.read:
         del tree["imbalance"]

@@ -93,7 +93,10 @@ class Trainer:
                 f"model.vocab={config.model.vocab}: the tokenizer has {corpus.vocab_size} tokens. "
                 f"Nearest model.vocab: {-(-corpus.vocab_size // 16) * 16}"
             )
-        self.data = Prefetcher(Stream(corpus.train, self.length, config.data.seed))
+        tokens = corpus.train
+        if config.data.distribution == "by_rank":
+            tokens = np.array_split(tokens, ranks.data_ranks)[ranks.data_rank]
+        self.data = Prefetcher(Stream(tokens, self.length, config.data.seed))
         # A fixed order, so that every run is evaluated on the same held-out sequences.
         self.held_out = Stream(corpus.validation, self.length, seed=0)
 
@@ -231,9 +234,10 @@ class Trainer:
         whole = not self.config.parallel.shard_gradients
         if capture and capture.whole is not None:
             whole = capture.whole
+        length = self.imbalance.length(self.progress.step + 1, self.length)
         units = list(self._my_units(first, size))
         for index, (start, count) in enumerate(units):
-            inputs, targets = self._on_device(self.data.take(start, max(count, 1)))
+            inputs, targets = self._on_device(self.data.take(start, max(count, 1))[:, : length + 1])
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
             self.data.request(*following)
             last = index + 1 == len(units)

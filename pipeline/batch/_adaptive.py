@@ -158,7 +158,7 @@ class Adaptive:
             # By one multiple at least: rounding up must not undo a small step for ever.
             smaller = min(max(demanded, current / self.batch.growth_cap), current - self.multiple)
             return max(smaller, self.first), "shrank"
-        if held:
+        if held or current >= self.largest:
             return state.requested, "held"
         limit = min(current * self.batch.growth_cap, self.largest)
         return (limit, "capped") if demanded > limit else (demanded, "grew")

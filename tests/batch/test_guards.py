@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.batch import plan
@@ -118,6 +118,7 @@ signals = st.one_of(st.floats(0, 10), st.floats(10, 1e6))
     growth_cap=st.sampled_from([1.5, 100.0]),
     cut=st.integers(0, 11),
 )
+@example("noise_scale", [(0.0, 6), (0.0, 0)], 2, False, 1, 100.0, 0)  # at the cap, and more is demanded
 def test_decisions_respect_every_limit_and_survive_a_restart(
     name, steps, ranks, monotone, confirmations, growth_cap, cut
 ):
