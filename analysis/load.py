@@ -27,6 +27,9 @@ from pipeline.throughput import flops_per_token
 UNKNOWN = "?"
 SEED = "seed"  # runs that differ in this axis alone are the same schedule
 
+# Of the data group: who reads which part in what order; the held-out sequences are the same.
+_NO_TASK = ("seed", "micro_batch", "distribution")
+
 RECORD = {"point": pl.Int64, **ROWS}
 
 # INVALID: the point was refused. MISSING: nothing was started. UNREADABLE: the files are damaged or foreign.
@@ -224,9 +227,7 @@ def _task(config: Config | None) -> dict[str, str]:
     if config is None:
         return {}
     fields = identity_fields(config)
-    data = {
-        f"data.{key}": value for key, value in fields["data"].items() if key not in ("seed", "micro_batch")
-    }
+    data = {f"data.{key}": value for key, value in fields["data"].items() if key not in _NO_TASK}
     return {key: str(value) for key, value in {**data, "eval.sequences": fields["eval"]["sequences"]}.items()}
 
 

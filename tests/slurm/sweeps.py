@@ -89,7 +89,7 @@ class Sweep:
         files = [*self.home.glob("sweeps/*/slurm/*/*.out"), *self.home.glob("runs/*/logs/*.log")]
         return "\n".join(f"--- {file}\n{file.read_text()}" for file in files)
 
-    def wait(self, cluster: Cluster, timeout_s: float = 90) -> None:
+    def wait(self, cluster: Cluster, timeout_s: float = 240) -> None:
         """Until no job is left."""
         try:
             cluster.wait(lambda: not cluster.queue(), timeout_s)

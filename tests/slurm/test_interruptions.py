@@ -139,15 +139,16 @@ def test_killed_without_a_word(
 
 @pytest.mark.slow
 def test_time_limits(cluster: Cluster, sweep: Sweep, train_here: Callable[..., RunDirectory]) -> None:
-    """True ones, of a minute. One run goes on behind it; one, whose single step would take minutes, fails with
-    the remedy instead of starting again for ever.
+    """True ones, of two minutes. One run goes on behind it; one, whose single step would take minutes, fails
+    with the remedy instead of starting again for ever.
 
-    SLURM looks at limits every 30 s, so that a warning of 15 s comes 15 to 45 s after the start: never before
-    the run can take it (with 30 s it could), and never too late to save.
+    SLURM looks at limits every 30 s, so that the warning comes 60 to 90 s after the start: never before a run
+    on a busy machine has done its first step.
     """
-    longer = ["budget.tokens=800k", "checkpoint.interval_tokens=4k"]
+    longer = ["budget.tokens=400k", "checkpoint.interval_tokens=4k"]
     alone = train_here(*longer)
-    sweep.submit(*longer, "batch.size=8,20000", "launch.minutes=1", "launch.warning_s=15")
+    slowly = ["imbalance.compute_ms=70"]  # 110 s
+    sweep.submit(*longer, *slowly, "batch.size=8,20000", "launch.minutes=2", "launch.warning_s=30")
     sweep.wait(cluster, 400)
     run = next(run for run in sweep.runs if run.config().batch.size == 8)
     stuck = next(run for run in sweep.runs if run.config().batch.size != 8)
@@ -156,4 +157,4 @@ def test_time_limits(cluster: Cluster, sweep: Sweep, train_here: Callable[..., R
     assert_as_if_nothing_had_happened(run, alone)
     status = stuck.status()
     assert status and (status.state, status.attempt) == ("FAILED", 1)
-    assert status.error and "launch.minutes=2" in status.error
+    assert status.error and "launch.minutes=4" in status.error

@@ -263,7 +263,7 @@ def test_delays_are_those_of_the_seed():
     seconds = np.array([[rank.seconds(step) for rank in ranks] for step in range(1, 201)])
     assert ((seconds > 0.3).sum(axis=1) == 2).all()  # two random ranks in every step
     assert set(np.round(np.unique(seconds), 3)) == {0.01, 0.33}
-    assert 60 < (seconds > 0.3).sum(axis=0).min()  # and all come in turn
+    assert (seconds > 0.3).sum(axis=0).min() > 60  # and all come in turn
     lognormal = config(*TINY, "imbalance=lognormal", "imbalance.delay_ms=50", "imbalance.sigma=0.5").imbalance
     drawn = np.array([Imbalance(lognormal, 1, 4).seconds(step) for step in range(4000)])
     assert np.median(drawn) == pytest.approx(0.05, rel=0.05)

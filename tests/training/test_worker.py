@@ -367,9 +367,7 @@ def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str]
             assert worker.poll() is None
             time.sleep(0.05)
         wait_for_step(run, run.last_row()["step"] + 50)
-        rank = next(pid for pid, number in processes_of(run).items() if number == "0")
-        while service is None:
-            service = next((pid for pid in children_of(rank) if "wandb-core" in command_of(pid)), None)
+        while (service := wandb_service(home)) is None:
             assert worker.poll() is None
         os.kill(service, signal.SIGSTOP)
         stopped_at = run.last_row()["step"]
@@ -383,16 +381,10 @@ def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str]
     assert "misses rows" in (run.logs / "attempt-1.rank-0.log").read_text()
 
 
-def children_of(pid: int) -> list[int]:
-    children: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(FileNotFoundError):  # a thread that ended meanwhile
-            children += map(int, path.read_text().split())
-    return children
-
-
-def command_of(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    except OSError:
-        return ""
+def wandb_service(home: Path) -> int | None:
+    """The process of wandb that serves the runs of this home."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended while we looked
+            if "wandb-core" in (path / "cmdline").read_text() and str(home) in (path / "environ").read_text():
+                return int(path.name)
+    return None
