@@ -219,6 +219,10 @@ def _unusable(own: Sequence[StepTrace]) -> str | None:
         return "none of its runs has finished"
     if not all(run.whole for run in own):
         return "its log misses steps, of which the run's own record holds every one"
+    if (sync := own[0].config.sync.method) != "allreduce":
+        return f"it has sync={sync}, and only ranks that average gradients in every step are projected"
+    if (imbalance := own[0].config.imbalance).read:
+        return f"its ranks were slowed down on purpose (imbalance={imbalance.kind})"
     if len({arithmetic(run) for run in own}) > 1:
         return "its runs were on different hardware"
     return None

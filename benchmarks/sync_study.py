@@ -1,7 +1,7 @@
 """The study of docs/study/sync: how replicas agree, at equal tokens, with and without late ranks.
 
     python -m pipeline -m experiment=wagma2021_small
-    python -m benchmarks.sync_study docs/study/sync      # tables.md and figures from the records of that sweep
+    python -m benchmarks.sync_study docs/study/sync      # tables.md and figures from its records
 
 Numbers are means over seeds with 95 % intervals; ratios and differences are to allreduce with the same seed.
 Tokens/s is over the whole run, until the last rank has done its last step. The consensus distance

@@ -49,6 +49,7 @@ def not_continued(config: Config, parent: Config) -> list[str]:
             ("data.seed", config.data.seed, parent.data.seed),
             ("data.fingerprint", config.data.fingerprint, parent.data.fingerprint),
             ("optim.name", config.optim.name, parent.optim.name),
+            ("sync.method", config.sync.method, parent.sync.method),
         )
         if here != there and None not in (here, there)
     ]

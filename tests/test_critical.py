@@ -13,6 +13,7 @@ import pytest
 from pipeline import critical
 from pipeline.critical import Branch, averaged, standard_error, verdict
 from pipeline.store import RunDirectory
+from pipeline.train import not_continued
 from tests.distributed import column, train_here
 from tests.support import ROOT, config
 
@@ -191,6 +192,8 @@ def test_a_branch_keeps_the_stream_but_not_the_settings_of_its_parents_optimizer
         critical.ConfigError, match=r"cannot be continued with data.sequence_length=128 \(there 64"
     ):
         train_here(longer)
+    drifting = replace(finished.config(), sync=replace(branch.sync, method="local_sgd"))
+    assert not_continued(branch, drifting) == ["sync.method=allreduce (there local_sgd)"]
     same = column(train_here(branch), "train/loss")
     decayed = replace(branch, optim=replace(branch.optim, weight_decay=20.0))
     assert column(train_here(decayed), "train/loss")[-2] != pytest.approx(same[-2], rel=1e-3)

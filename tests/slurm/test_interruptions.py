@@ -145,13 +145,12 @@ def test_time_limits(cluster: Cluster, sweep: Sweep, train_here: Callable[..., R
     SLURM looks at limits every 30 s, so that the warning comes 60 to 90 s after the start: never before a run
     on a busy machine has done its first step.
     """
-    longer = ["budget.tokens=400k", "checkpoint.interval_tokens=4k"]
+    longer = ["budget.tokens=320k", "checkpoint.interval_tokens=4k"]
     alone = train_here(*longer)
-    slowly = ["imbalance.compute_ms=70"]  # 110 s
-    sweep.submit(*longer, *slowly, "batch.size=8,20000", "launch.minutes=2", "launch.warning_s=30")
+    # 1,250 steps, which take 100 s at least, or 5 minutes each.
+    sweep.submit(*longer, "imbalance.compute_ms=80,300000", "launch.minutes=2", "launch.warning_s=30")
     sweep.wait(cluster, 400)
-    run = next(run for run in sweep.runs if run.config().batch.size == 8)
-    stuck = next(run for run in sweep.runs if run.config().batch.size != 8)
+    run, stuck = sorted(sweep.runs, key=lambda run: run.config().imbalance.compute_ms)
     ((state, attempts),) = states([run])
     assert state == "DONE" and attempts > 1
     assert_as_if_nothing_had_happened(run, alone)

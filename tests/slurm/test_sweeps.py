@@ -66,6 +66,16 @@ def test_two_nodes_of_two_tasks(
     assert final_loss(run) == pytest.approx(final_loss(alone), rel=1e-5)
 
 
+def test_replicas_on_two_nodes(cluster: Cluster, sweep: Sweep) -> None:
+    """They find rank 0's store across machines."""
+    sweep.submit(SHORT, "parallel=ddp", "launch.gpus_per_node=1", "sync=wagma", "sync.period=8")
+    sweep.wait(cluster)
+    (run,) = sweep.runs
+    environment = json.loads((run.logs / "attempt-1.environment.json").read_text())
+    assert (environment["slurm"]["SLURM_JOB_NUM_NODES"], states([run])) == ("2", [("DONE", 1)])
+    assert len([row for row in run.rows() if "sync/fresh" in row]) == 32
+
+
 def test_a_run_that_fails_harms_no_other(cluster: Cluster, sweep: Sweep) -> None:
     sweep.submit(SHORT, "optim.lr=3e-3,1e30", "optim.clip=null", "parallel=ddp")
     sweep.wait(cluster)
