@@ -162,6 +162,7 @@ class SyncConfig:
     warm_steps: int
     group_size: PositiveInt | None
     grace_ms: float
+    neighbours: PositiveInt
     consensus: bool
 
 

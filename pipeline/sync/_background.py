@@ -43,18 +43,23 @@ class Exchange:
     contributed: int  # the newest step of this rank that is in the sum; below the exchange's own: it was late
 
 
+def stores(ranks: Ranks) -> tuple[dist.Store, dist.Store]:
+    """Two connections to a store of this run's own, which rank 0 has: one for the main thread, one to wait
+    on. A connection on which a thread waits is locked until it has its answer."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
+    port = ranks.from_main(server.port if server else 0)
+    waiting = dist.TCPStore(host, port, is_master=False)
+    waiting.set_timeout(COLLECTIVE_TIMEOUT)
+    return server or dist.TCPStore(host, port, is_master=False), waiting
+
+
 class Activation:
     """Keys in a store of this run's own; `quorum` ranks set the key of a step together."""
 
     def __init__(self, ranks: Ranks, quorum: int) -> None:
         self._quorum = quorum
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False) if ranks.is_main else None
-        port = ranks.from_main(server.port if server else 0)
-        # Two connections: one on which a thread waits is locked until it has its answer.
-        self._asking = server or dist.TCPStore(host, port, is_master=False)
-        self._waiting = dist.TCPStore(host, port, is_master=False)
-        self._waiting.set_timeout(COLLECTIVE_TIMEOUT)
+        self._asking, self._waiting = stores(ranks)
 
     def ask(self, step: int) -> None:
         """This rank has reached a step that had not begun."""
