@@ -43,7 +43,7 @@ class Exchange:
     contributed: int  # the newest step of this rank that is in the sum; below the exchange's own: it was late
 
 
-def stores(ranks: Ranks) -> tuple[dist.Store, dist.Store]:
+def stores(ranks: Ranks) -> tuple[dist.TCPStore, dist.TCPStore]:
     """Two connections to a store of this run's own, which rank 0 has: one for the main thread, one to wait
     on. A connection on which a thread waits is locked until it has its answer."""
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
