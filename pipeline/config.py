@@ -160,9 +160,13 @@ class SyncConfig:
     method: str
     period: PositiveInt
     warm_steps: int
+    sample_steps: PositiveInt
+    delay_steps: int
     group_size: PositiveInt | None
     grace_ms: float
     neighbours: PositiveInt
+    block_share: PositiveFloat
+    detach: float
     consensus: bool
 
 
