@@ -167,6 +167,8 @@ class SyncConfig:
     neighbours: PositiveInt
     block_share: PositiveFloat
     detach: float
+    quorum: Literal["solo", "majority"]
+    redundancy: PositiveInt
     consensus: bool
 
 

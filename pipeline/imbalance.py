@@ -2,7 +2,7 @@
 
 A delayed rank sleeps before the first forward pass of a step. Under `variable_length` ranks have more or less
 to compute, as with sentences of natural length: each trains on the first tokens of its sequences, so many as
-the step and the rank decide.
+the step and its share of the batch decide.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ class Imbalance:
     def __init__(self, config: ImbalanceConfig, rank: int, ranks: int) -> None:
         self.config, self.rank, self.ranks = config, rank, ranks
 
-    def sleep(self, step: int) -> None:
-        if (seconds := self.seconds(step)) > 0:
+    def sleep(self, step: int, shares: int = 1) -> None:
+        if (seconds := self.seconds(step, shares)) > 0:
             time.sleep(seconds)
 
-    def length(self, step: int, sequence_length: int) -> int:
-        """Tokens of each sequence that this rank trains on in this step."""
+    def length(self, step: int, sequence_length: int, share: int) -> int:
+        """Tokens to train on of each sequence of a data-parallel share in this step, whoever computes it."""
         if self.config.kind != "variable_length":
             return sequence_length
         shares = self._random(step).uniform(self.config.min_share, 1, self.ranks)
-        return max(1, round(shares[self.rank] * sequence_length))
+        return max(1, round(shares[share] * sequence_length))
 
     def _random(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, step])
 
-    def seconds(self, step: int) -> float:
-        """By which this rank is late in this step. It depends on the seed, the step and the rank alone."""
+    def seconds(self, step: int, shares: int = 1) -> float:
+        """By which this rank is late in this step, where it computes so many shares of the batch. It depends
+        on them, the seed, the step and the rank alone."""
         config = self.config
-        compute_s, delay_s = config.compute_ms / 1000, config.delay_ms / 1000
+        compute_s, delay_s = shares * config.compute_ms / 1000, config.delay_ms / 1000
         random = self._random(step)
         match config.kind:
             case "delay":

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -188,8 +188,10 @@ class Trainer:
         self.waited_s = 0.0
         with self._waiting():
             self.sync.before_backward(number)
-        self.imbalance.sleep(number)
-        share_of_loss = self._backward(progress.sequences, size, measured)
+        share_of_loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        if not self.sync.decided(number):
+            self.imbalance.sleep(number, len(self.sync.shares))
+            share_of_loss = self._backward(progress.sequences, size, measured)
         if self.sync.replicas:
             loss, statistics, squared_norm = self._own_gradient(share_of_loss, measured, number, rate)
         else:
@@ -226,7 +228,7 @@ class Trainer:
     def _backward(self, first: int, size: int, capture: Capture | None) -> torch.Tensor:
         """This rank's part of the mean loss per token of the sequences [first, first + size).
 
-        Leaves the gradient of that mean in `.grad`; in a replica's that of its own share.
+        Leaves the gradient of that mean in `.grad`; in a replica's that of its own shares.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -235,15 +237,15 @@ class Trainer:
         whole = not self.config.parallel.shard_gradients
         if capture and capture.whole is not None:
             whole = capture.whole
-        length = self.imbalance.length(self.progress.step + 1, self.length)
-        units = list(self._my_units(first, size))
+        units = list(self._units(first, size, self.sync.shares))
         for index, (start, count) in enumerate(units):
+            unit = (start - first) // self.micro
+            length = self.imbalance.length(self.progress.step + 1, self.length, unit % self.ranks.data_ranks)
             inputs, targets = self._on_device(self.data.take(start, max(count, 1))[:, : length + 1])
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
             self.data.request(*following)
             last = index + 1 == len(units)
             scale = self.ranks.loss_scale(count, of=size)
-            unit = index * self.ranks.data_ranks + self.ranks.data_rank
             with self.strategy.micro_batch(self.model, last=last, whole=whole), self.strategy.loss():
                 unit_loss = self._loss(inputs, targets) / inputs.numel()
                 with capture.unit(unit) if capture else contextlib.nullcontext():
@@ -269,12 +271,13 @@ class Trainer:
     def _own_gradient(
         self, loss: torch.Tensor, capture: Capture | None, step: int, rate: float
     ) -> tuple[float, GradientStatistics | None, float]:
-        """Of this replica: its part of the mean loss, and ‖g‖² of what it will apply. Replicas meet only for
-        statistics, which are of the gradients of their shares."""
+        """Of this replica: its part of the mean loss, unless another rank reports it, and ‖g‖² of what it
+        will apply. Replicas meet only for statistics, which are of the gradients of their shares."""
         statistics = capture.statistics(self.ranks.sum(capture.sums()), None) if capture else None
         with self._waiting():
             self.sync.before_step(step, rate)
-        return loss.item(), statistics, self.squared_norm(self._local_gradients()).item()
+        own_loss = loss.item() if self.sync.loss_counts else 0.0
+        return own_loss, statistics, self.squared_norm(self._local_gradients()).item()
 
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
@@ -334,17 +337,18 @@ class Trainer:
         """What this rank holds of g."""
         return [local(p.grad) for p in self.parameters if p.grad is not None]
 
-    def _my_units(self, first: int, size: int) -> Iterator[tuple[int, int]]:
-        """(first sequence, sequences) of this rank's micro-batches: unit i of a step is always the same
-        sequences, on rank i mod data_ranks. At the end of the budget a unit may be short or empty."""
+    def _units(self, first: int, size: int, shares: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(first sequence, sequences) of these shares' micro-batches: unit i of a step is always the same
+        sequences, of share i mod data_ranks. At the end of the budget a unit may be short or empty."""
         ranks, micro = self.ranks.data_ranks, self.micro
         for round_start in range(0, size, ranks * micro):
-            start = round_start + self.ranks.data_rank * micro
-            yield first + start, max(0, min(micro, size - start))
+            for share in shares:
+                start = round_start + share * micro
+                yield first + start, max(0, min(micro, size - start))
 
     def _next_unit(self, first: int) -> tuple[int, int]:
         """This rank's first micro-batch of a step that starts at `first`, whatever its batch will be."""
-        return first + self.ranks.data_rank * self.micro, self.micro
+        return first + self.sync.shares[0] * self.micro, self.micro
 
     def _on_device(self, sequences: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, each [B, T], of sequences [B, T + 1]."""
@@ -396,7 +400,7 @@ class Trainer:
         """(sum over tokens, sequences)."""
         total = min(self.config.eval.sequences, self.held_out.sequences_per_epoch)
         loss = torch.zeros(1, dtype=torch.float64, device=self.device)
-        for start, count in self._my_units(0, total):
+        for start, count in self._units(0, total, (self.ranks.data_rank,)):
             with self.strategy.loss():
                 # Also without a share: sharded parameters are gathered by all ranks together.
                 unit_loss = self._loss(*self._on_device(self.held_out.read(start, max(count, 1))))

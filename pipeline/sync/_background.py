@@ -10,12 +10,17 @@ rank that reaches step t has passed all earlier ones, so the keys of 1 … t are
 thread gets to t by itself. With keys per group an early rank could meet a partner whose thread still waits
 for an earlier exchange of another group, and would wait for a late main thread after all.
 
+Ranks that compute the same form a cluster. Each cluster has a key of its own, an exchange begins when all
+keys are set, and of each cluster only the rank that set the key puts its buffer into the sum. That is global
+as well: all communication threads wait for all keys.
+
 At steps where `waits` says so there is no key: each communication thread waits for its own main thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -26,7 +31,7 @@ import torch.distributed as dist
 
 from pipeline.parallel._ranks import COLLECTIVE_TIMEOUT, Ranks
 
-_GO, _CLOSE, _ABORT = "go", "close", "abort"
+_CLOSE, _ABORT = "close", "abort"  # in a key, instead of a rank
 _ABORT_TRIES, _ABORT_WAIT_S = 20, 0.1
 
 
@@ -40,7 +45,9 @@ class Exchange:
 
     total: torch.Tensor  # the sum over the members of the group, [n]
     members: int
-    contributed: int  # the newest step of this rank that is in the sum; below the exchange's own: it was late
+    # The newest step of this rank that is in the sum. Below the exchange's own: it was late, or another of
+    # its cluster contributed.
+    contributed: int
 
 
 def stores(ranks: Ranks) -> tuple[dist.TCPStore, dist.TCPStore]:
@@ -55,43 +62,51 @@ def stores(ranks: Ranks) -> tuple[dist.TCPStore, dist.TCPStore]:
 
 
 class Activation:
-    """Keys in a store of this run's own; `quorum` ranks set the key of a step together."""
+    """Keys in a store of this run's own, one per cluster of `cluster_size` ranks, which `quorum` of them set
+    together: it holds the last of these."""
 
-    def __init__(self, ranks: Ranks, quorum: int) -> None:
-        self._quorum = quorum
+    def __init__(self, ranks: Ranks, quorum: int, cluster_size: int) -> None:
+        self._quorum, self._rank = quorum, ranks.rank
+        self._cluster, self._clusters = ranks.rank // cluster_size, ranks.world_size // cluster_size
         self._asking, self._waiting = stores(ranks)
 
     def ask(self, step: int) -> None:
         """This rank has reached a step that had not begun."""
-        if self._quorum == 1 or self._asking.add(f"count/{step}", 1) == self._quorum:
-            self._set(step, _GO)
+        if self._quorum == 1 or self._asking.add(_count(step, self._cluster), 1) == self._quorum:
+            self._set(_key(step, self._cluster), str(self._rank))
 
-    def wait(self, step: int) -> bool:
-        """Whether the exchange is to begin, not to be closed."""
+    def wait(self, step: int) -> list[int] | None:
+        """Who set the keys, when the exchange is to begin; None when the run is to be closed."""
         while True:
             # Timed out: others may evaluate for long, and who is dead is not for this thread to find out.
             with contextlib.suppress(dist.DistStoreError):
-                word = self._waiting.get(_key(step)).decode()
-                if word == _ABORT:
+                keys = [_key(step, cluster) for cluster in range(self._clusters)]
+                words = [word.decode() for word in self._waiting.multi_get(keys)]
+                if _ABORT in words:
                     raise PeerLeft(f"another rank gave up before the exchange of step {step}")
-                return word == _GO
+                return None if _CLOSE in words else [int(word) for word in words]
 
     def end(self, step: int, orderly: bool) -> None:
         """Wakes whoever waits for this step."""
-        self._set(step, _CLOSE if orderly else _ABORT)
+        for cluster in range(self._clusters):
+            self._set(_key(step, cluster), _CLOSE if orderly else _ABORT)
 
     def forget(self, steps: range) -> None:
-        for step in steps:
-            self._waiting.delete_key(_key(step))
+        for step, cluster in itertools.product(steps, range(self._clusters)):
+            self._waiting.delete_key(_key(step, cluster))
             if self._quorum > 1:
-                self._waiting.delete_key(f"count/{step}")
+                self._waiting.delete_key(_count(step, cluster))
 
-    def _set(self, step: int, word: str) -> None:
-        self._asking.compare_set(_key(step), "", word)  # the first word stands
+    def _set(self, key: str, word: str) -> None:
+        self._asking.compare_set(key, "", word)  # the first word stands
 
 
-def _key(step: int) -> str:
-    return f"step/{step}"
+def _key(step: int, cluster: int) -> str:
+    return f"step/{step}/{cluster}"
+
+
+def _count(step: int, cluster: int) -> str:
+    return f"count/{step}/{cluster}"
 
 
 class Background:
@@ -100,7 +115,8 @@ class Background:
     `start`: what the buffer [n] holds before the first step. `adds`: a contribution is added to what was not
     sent yet, and the buffer is empty after an exchange; otherwise it replaces it, and the buffer keeps it.
     `group_of(step)`: this rank's; `waits(step)`: whether the main threads are waited for. `grace_s`: how long
-    an exchange waits for the own main thread when that is only one step behind.
+    an exchange waits for the own main thread when that is only one step behind. `cluster_size`: so many
+    consecutive ranks compute the same, one of them contributes; None: every rank does.
     """
 
     def __init__(
@@ -113,11 +129,14 @@ class Background:
         adds: bool = False,
         quorum: int = 1,
         grace_s: float = 0.0,
+        cluster_size: int | None = None,
     ) -> None:
         self._ranks, self._group_of, self._waits = ranks, group_of, waits
         self._adds, self._grace_s = adds, grace_s
         self.buffer = start
-        self._activation = Activation(ranks, quorum)
+        self._activation = Activation(ranks, quorum, cluster_size or ranks.world_size)
+        self._all_contribute = cluster_size is None
+        self._first_ranks = list(range(0, ranks.world_size, cluster_size or ranks.world_size))
         self._changed = threading.Condition()  # guards everything below, and the buffer
         self._arrived = self._started = self._done = 0  # newest step of: the main thread, this thread
         self._results: dict[int, Exchange] = {}  # those that the main thread has not fetched
@@ -147,6 +166,11 @@ class Background:
             self._changed.notify_all()
         if not begun and not self._waits(step):
             self._activation.ask(step)
+
+    def begun(self, step: int) -> bool:
+        """Whether the exchange of this step has begun: where this rank has not contributed, without it."""
+        with self._changed:
+            return self._started >= step
 
     def result(self, step: int) -> Exchange:
         """Waits for the exchange of this step. Raises RuntimeError when it failed."""
@@ -204,7 +228,8 @@ class Background:
     def _exchange(self, step: int) -> bool:
         """Whether it took place; if not, the run is over."""
         waits = self._waits(step)
-        if not waits and not self._activation.wait(step):
+        firsts = self._first_ranks if waits else self._activation.wait(step)
+        if firsts is None:
             return False
         with self._changed:
             if waits:
@@ -214,8 +239,11 @@ class Background:
             elif self._grace_s and self._arrived == step - 1:
                 self._changed.wait_for(lambda: self._arrived >= step or self._closing, self._grace_s)
             # Fresh or late is settled here, together with the copy: a main thread arrives before or after.
-            self._started, contributed = step, self._arrived
-            total = self.buffer.clone()
+            self._started = step
+            if self._all_contribute or self._ranks.rank in firsts:
+                total, contributed = self.buffer.clone(), self._arrived
+            else:
+                total, contributed = torch.zeros_like(self.buffer), 0
             if self._adds:
                 self.buffer.zero_()
             if total.is_cuda:

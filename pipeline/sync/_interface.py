@@ -5,11 +5,13 @@ method each data-parallel rank is a replica: it computes the gradient of its own
 its own weights, and only the method brings replicas together. One optimizer step of a replica:
 
     before_backward → forward and backward passes → before_step → clipping, optimizer → after_step
+
+The passes are left out where the method has `decided` without this rank what the step applies.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.batch import schedule_class
@@ -45,15 +47,31 @@ class Method:
         ahead of another, and a wish to stop takes as long to be heard."""
         return DEFAULT_DRIFT_STEPS
 
+    @property
+    def shares(self) -> Sequence[int]:
+        """The data-parallel shares of every batch whose gradients this rank computes, and sums."""
+        return (self.ranks.data_rank,)
+
     def start(self, step: int) -> None:
         """Before the first step of an attempt, which is `step` + 1; replicas have their weights."""
 
     def before_backward(self, step: int) -> None:
         """Replicas hold the weights at which the gradient will be computed."""
 
+    def decided(self, step: int) -> bool:
+        """After `before_backward`: whether what this step applies is known without this rank's gradient,
+        which is then not computed."""
+        return False
+
     def before_step(self, step: int, rate: float) -> None:
         """`.grad` holds the gradient of this replica's share; may be replaced by what is to be applied at the
         learning rate `rate`."""
+
+    @property
+    def loss_counts(self) -> bool:
+        """After `before_step`: whether the loss of this rank's shares counts, as that of each share must once
+        over all ranks."""
+        return True
 
     def after_step(self, step: int) -> None:
         """The optimizer has moved this replica's weights."""

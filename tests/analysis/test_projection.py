@@ -443,7 +443,10 @@ def throttled(run: StepTrace) -> StepTrace:
         ([made_up(SMALL_BATCH)], "nothing tells its micro-batches"),
         ([throttled(made_up(SMALL_BATCH)), made_up(LARGE_BATCH)], "misses steps"),
         ([made_up(SMALL_BATCH), made_up(LARGE_BATCH, machine=None)], "different hardware"),
-        ([made_up(batch, "sync=local_sgd", ranks=2) for batch in (SMALL_BATCH, LARGE_BATCH)], "sync=local_sgd"),
+        (
+            [made_up(batch, "sync=local_sgd", ranks=2) for batch in (SMALL_BATCH, LARGE_BATCH)],
+            "sync=local_sgd",
+        ),
         ([made_up(batch, "imbalance=delay", ranks=2) for batch in (SMALL_BATCH, LARGE_BATCH)], "on purpose"),
     ],
 )

@@ -273,7 +273,9 @@ def test_delays_are_those_of_the_seed():
 @pytest.mark.slow
 def test_variable_length_trains_on_a_part_of_each_sequence(home: Path, small_corpus: list[str]):
     overrides = ["imbalance=variable_length", "imbalance.min_share=0.25"]
-    lengths = [Imbalance(config(*TINY, *overrides).imbalance, 0, 4).length(step, 32) for step in range(500)]
+    lengths = [
+        Imbalance(config(*TINY, *overrides).imbalance, 3, 4).length(step, 32, 0) for step in range(500)
+    ]
     assert min(lengths) == 8 and max(lengths) == 32 and np.mean(lengths) == pytest.approx(20, abs=1)
     run = train_here(config(*TINY, *small_corpus, *overrides, "sync=local_sgd"))
     assert column(run, "tokens")[-1] == 20480

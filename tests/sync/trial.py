@@ -12,9 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+import pipeline.train
+from pipeline.config import Config
+from pipeline.store import RunDirectory
 from pipeline.sync import method_class
 from pipeline.sync._replica import Replica
-from tests.distributed import gloo_ranks, ranks_of
+from tests.distributed import gloo_ranks, ranks_of, train_here, train_rank
 from tests.support import config
 
 WEIGHTS = 1000
@@ -29,7 +32,7 @@ class Log:
     """Of one rank, by step (index 0 is step 1)."""
 
     start: NDArray[np.float32]  # weights before the first step
-    gradient: list[NDArray[np.float32]] = field(default_factory=list)  # as computed
+    gradient: list[NDArray[np.float32]] = field(default_factory=list)  # as computed; 0 where it was not
     applied: list[NDArray[np.float32]] = field(default_factory=list)  # what the optimizer got
     own: list[NDArray[np.float32]] = field(default_factory=list)  # weights after the optimizer: W'
     after: list[NDArray[np.float32]] = field(default_factory=list)  # weights after the method: W
@@ -80,8 +83,11 @@ def _rank(
     began = time.perf_counter()
     for step in range(first, first + steps):
         waited = _timed(method.before_backward, step)
-        time.sleep(step_s + delays.get((rank, step), 0))
-        gradient = gradient_at(replica.weights(), rank, step)
+        gradient = torch.zeros(WEIGHTS)
+        if not method.decided(step):
+            time.sleep(step_s + delays.get((rank, step), 0))
+            for share in method.shares:
+                gradient += gradient_at(replica.weights(), share, step)
         log.gradient.append(gradient.numpy().copy())
         replica.set_gradient(gradient)
         waited += _timed(method.before_step, step, RATE)
@@ -97,6 +103,27 @@ def _rank(
     log.state = (replica.weights(), {k: v.clone() for k, v in method.state().items()})
     method.close()
     return log
+
+
+def stopped_once(composed: Config) -> RunDirectory:
+    """A run through the real trainer, stopped on request at its first checkpoint and then resumed."""
+    RunDirectory.of(composed).freeze(composed)
+    gloo_ranks(composed.parallel.world_size, _stopped_rank, composed)
+    run = RunDirectory.of(composed)
+    run.clear_stop()
+    return train_here(composed, attempt=2)
+
+
+def _stopped_rank(rank: int, composed: Config) -> None:
+    class Stopped(pipeline.train.Trainer):
+        def step(self) -> None:
+            if self.ranks.is_main:
+                self.run.request_stop()
+            super().step()
+
+    pipeline.train.Trainer = Stopped
+    pipeline.train.STOP_INTERVAL_S = 0.0
+    train_rank(rank, composed, str(RunDirectory.of(composed).path))
 
 
 def gradient_at(weights: torch.Tensor, rank: int, step: int) -> torch.Tensor:
