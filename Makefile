@@ -51,6 +51,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.projection
+	$(BIN)/python -m benchmarks.simulate_sync
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.config import ImbalanceConfig
 
@@ -28,22 +29,23 @@ class Imbalance:
         """Tokens to train on of each sequence of a data-parallel share in this step, whoever computes it."""
         if self.config.kind != "variable_length":
             return sequence_length
-        shares = self._random(step).uniform(self.config.min_share, 1, self.ranks)
-        return max(1, round(shares[share] * sequence_length))
+        parts = self._random(step).uniform(self.config.min_share, 1, self.ranks)
+        return max(1, round(parts[share] * sequence_length))
+
+    def seconds(self, step: int, shares: int = 1) -> float:
+        """How long this rank sleeps in this step, if it computes so many shares of the batch."""
+        return shares * self.config.compute_ms / 1000 + float(self.delays_s(step)[self.rank])
+
+    def delays_s(self, step: int) -> NDArray[np.float64]:
+        """By which each rank is late in this step. They depend on the seed and the step alone."""
+        config, random = self.config, self._random(step)
+        parts = np.zeros(self.ranks)
+        match config.kind:
+            case "delay":
+                parts[random.choice(self.ranks, config.ranks, replace=False)] = 1
+            case "lognormal":
+                parts = random.lognormal(0, config.sigma, self.ranks)
+        return config.delay_ms / 1000 * parts
 
     def _random(self, step: int) -> np.random.Generator:
         return np.random.default_rng([self.config.seed, step])
-
-    def seconds(self, step: int, shares: int = 1) -> float:
-        """By which this rank is late in this step, where it computes so many shares of the batch. It depends
-        on them, the seed, the step and the rank alone."""
-        config = self.config
-        compute_s, delay_s = shares * config.compute_ms / 1000, config.delay_ms / 1000
-        random = self._random(step)
-        match config.kind:
-            case "delay":
-                late = random.choice(self.ranks, config.ranks, replace=False)
-                return compute_s + delay_s * float(self.rank in late)
-            case "lognormal":
-                return compute_s + delay_s * float(random.lognormal(0, config.sigma, self.ranks)[self.rank])
-        return compute_s

@@ -34,7 +34,7 @@ class Method(_interface.Method):
         problems = []
         if config.data.distribution == "by_rank":
             problems.append(
-                "data.distribution=by_rank: under sync=gradient_coding a rank computes other ranks' shares, too. "
+                "data.distribution=by_rank: under sync=gradient_coding a rank computes shares of others, too. "
                 "Use data.distribution=shared"
             )
         if ranks % redundancy == 0:
