@@ -739,19 +739,20 @@ def _check_sync(config: Config) -> list[str]:
         problems.append(
             f"lr.batch_scaling=adascale: compares gradients in every step, sync={sync.method} not"
         )
-    if batch.schedule in batch_schedules.names():
-        needs = batch_schedules.schedule_class(batch.schedule)(config).needs
-        if needs and not method.tests_batches:
-            able = [name for name in sync_methods.names() if sync_methods.method_class(name).tests_batches]
-            problems.append(
-                f"batch={batch.schedule} sync={sync.method}: its replicas never have gradients to compare. "
-                f"Use a planned batch or one of sync={', '.join(able)}"
-            )
-        elif needs and needs.units != "worker":
-            problems.append(
-                f"batch.estimator={batch.estimator} sync={sync.method}: replicas compare the gradients of "
-                f"their shares. Use batch.estimator=worker"
-            )
+    if batch.schedule not in batch_schedules.names():
+        return problems  # what fits depends on what the schedule measures
+    needs = batch_schedules.schedule_class(batch.schedule)(config).needs
+    if needs and not method.tests_batches:
+        able = [name for name in sync_methods.names() if sync_methods.method_class(name).tests_batches]
+        problems.append(
+            f"batch={batch.schedule} sync={sync.method}: its replicas never have gradients to compare. "
+            f"Use a planned batch or one of sync={', '.join(able)}"
+        )
+    elif needs and needs.units != "worker":
+        problems.append(
+            f"batch.estimator={batch.estimator} sync={sync.method}: replicas compare the gradients of "
+            f"their shares. Use batch.estimator=worker"
+        )
     return problems + method.check(config)
 
 

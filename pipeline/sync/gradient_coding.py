@@ -34,7 +34,7 @@ class Method(_interface.Method):
         problems = []
         if config.data.distribution == "by_rank":
             problems.append(
-                "data.distribution=by_rank: under sync=gradient_coding a rank computes shares of others, too. "
+                "data.distribution=by_rank: under sync=gradient_coding ranks compute each other's shares. "
                 "Use data.distribution=shared"
             )
         if ranks % redundancy == 0:

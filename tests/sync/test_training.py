@@ -303,6 +303,7 @@ def test_variable_length_trains_on_a_part_of_each_sequence(home: Path, small_cor
         ),
         (["sync=local_sgd", "lr.batch_scaling=adascale"], "compares gradients in every step"),
         (["sync=local_sgd", "branch.run=0123456789", "branch.tokens=1k"], "use sync=allreduce"),
+        (["sync=local_sgd", "batch.schedule=nix"], "batch.schedule=nix: one of"),
         (["sync=local_sgd", "sync.warm_steps=-1"], "must not be negative"),
         (["imbalance=delay", "imbalance.ranks=9"], "Nearest: 4"),
         (["imbalance=variable_length", "imbalance.min_share=1.5"], "at most 1"),
