@@ -303,6 +303,7 @@ class Trainer:
         meet = self.finished or self.crossed(self.config.eval.interval_tokens) or self.crossed(interval)
         if meet or self.stop_agreed or self.save_agreed:
             late = self.agreement.wait()
+            self.sync.settle()
             self._hear(late)
             reports += late
         return reports

@@ -76,6 +76,10 @@ class Method:
     def after_step(self, step: int) -> None:
         """The optimizer has moved this replica's weights."""
 
+    def settle(self) -> None:
+        """All ranks have done the same steps, and the mean of their weights is looked at next: what is still
+        on its way to this rank's is to arrive."""
+
     def synchronises(self, step: int) -> bool:
         """Whether all replicas are one model after this step."""
         return False

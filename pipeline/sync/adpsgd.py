@@ -73,6 +73,11 @@ class Method(_interface.Method):
             self.replica.set_weights(updated.add_(theirs.sub_(self._copy).div_(2)))
             self._averaged = 1
 
+    def settle(self) -> None:
+        if self._shared:
+            self._copy = self._shared.settled(self._asked)
+            self.replica.set_weights(self._copy)
+
     def observed(self) -> Mapping[str, float]:
         return {"averaged": float(self._averaged)}
 
