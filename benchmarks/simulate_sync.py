@@ -43,7 +43,8 @@ Nothing is fitted to its ratios. What is assumed:
 - Local SGD has period 1 unless a period is given, as in the paper. Delayed averaging and local SGD with a
   period have WAGMA-SGD's; delayed averages are met one step later; adaptive periods have a mean of 4; DEF
   keeps a tenth of the blocks; gradient coding has two copies of every shard. What methods compute besides
-  the gradient takes no time, unless --overhead-ms says so.
+  the gradient takes no time, unless --overhead-ms says so. The paper's ratio to eager-SGD stands beside the
+  majority kind; which of the two it ran is not known.
 
 Ratios marked ~ are read off the paper's bars, to some 5 %; the others are in its text.
 """
