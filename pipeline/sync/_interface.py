@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pipeline.config import Config
     from pipeline.parallel._ranks import Ranks
+    from pipeline.sync._background import Background
     from pipeline.sync._replica import Replica
 
 DEFAULT_DRIFT_STEPS = 10
@@ -31,7 +32,9 @@ class Method:
 
     settings: ClassVar[frozenset[str]] = frozenset()  # the sync.* settings that can change its result
     replicas: ClassVar[bool] = True  # False: the strategy averages gradients, there is one model
-    tests_batches: ClassVar[bool] = False  # whether `synchronises` says where gradients can be compared
+    tests_batches: ClassVar[bool] = (
+        False  # whether gradients can be compared, in the steps that `check` allows
+    )
 
     def __init__(self, config: Config, ranks: Ranks, replica: Replica) -> None:
         self.config, self.ranks, self.replica = config.sync, ranks, replica
@@ -45,7 +48,7 @@ class Method:
     def drift_steps(self) -> int:
         """How many steps ranks do between two reports to each other. A rank is at most twice as many steps
         ahead of another, and a wish to stop takes as long to be heard."""
-        return DEFAULT_DRIFT_STEPS
+        return self.config.period if "period" in self.settings else DEFAULT_DRIFT_STEPS
 
     @property
     def shares(self) -> Sequence[int]:
@@ -80,10 +83,6 @@ class Method:
         """All ranks have done the same steps, and the mean of their weights is looked at next: what is still
         on its way to this rank's is to arrive."""
 
-    def synchronises(self, step: int) -> bool:
-        """Whether all replicas are one model after this step."""
-        return False
-
     def observed(self) -> Mapping[str, float]:
         """What this rank saw in the step just done, by name; the same names in every step. The record shows
         the mean over ranks under `sync/<name>`, and the largest where the name ends in `max`."""
@@ -102,6 +101,25 @@ class Method:
 
     def abort(self) -> None:
         """This rank gives up, or is closed already: no thread of it may be left."""
+
+
+class Exchanging(Method):
+    """A method whose exchanges go on in a thread, but for the last one of every `sync.period` steps, in which
+    all ranks wait for each other."""
+
+    background: Background
+
+    def start(self, step: int) -> None:
+        self.background.start(step)
+
+    def ends_period(self, step: int) -> bool:
+        return step % self.config.period == 0
+
+    def close(self) -> None:
+        self.background.close()
+
+    def abort(self) -> None:
+        self.background.abort()
 
 
 def check_period(config: Config) -> list[str]:

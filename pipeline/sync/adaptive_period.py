@@ -48,10 +48,6 @@ class Method(_interface.Method):
         self._variance = 0.0  # S of the last synchronisation
         self._rate = 0.0
 
-    @property
-    def drift_steps(self) -> int:
-        return self.config.period
-
     def before_step(self, step: int, rate: float) -> None:
         self._rate = rate
 

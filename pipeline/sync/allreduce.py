@@ -8,6 +8,3 @@ from pipeline.sync import _interface
 class Method(_interface.Method):
     replicas = False
     tests_batches = True
-
-    def synchronises(self, step: int) -> bool:
-        return True

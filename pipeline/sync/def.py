@@ -79,9 +79,6 @@ class Method(_interface.Method):
         self._agreed[block] -= mean
         self.replica.set_weights(self._agreed)
 
-    def synchronises(self, step: int) -> bool:
-        return True
-
     def state(self) -> Mapping[str, torch.Tensor]:
         return {"error": self._error}
 

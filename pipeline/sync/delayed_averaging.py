@@ -54,10 +54,6 @@ class Method(_interface.Method):
         self._mean = self._sent.clone()  # w̄(t), when it has arrived
         self._work: dist.Work | None = None  # while it has not
 
-    @property
-    def drift_steps(self) -> int:
-        return self.config.period
-
     def after_step(self, step: int) -> None:
         since = step % self.config.period
         if since == 0:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pipeline.sync._replica import Replica
 
 
-class Method(_interface.Method):
+class Method(_interface.Exchanging):
     settings = frozenset(["period", "quorum"])
     tests_batches = True
 
@@ -47,51 +47,32 @@ class Method(_interface.Method):
 
         super().__init__(config, ranks, replica)
         everyone = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
-        self._background = Background(
+        self.background = Background(
             ranks,
             replica.weights().zero_(),
             lambda step: everyone,
-            self._all_wait,
+            self.ends_period,
             adds=True,
             quorum=quorum(config),
         )
         self._observed: dict[str, float] = {}
 
-    @property
-    def drift_steps(self) -> int:
-        return self.config.period
-
-    def start(self, step: int) -> None:
-        self._background.start(step)
-
     def before_step(self, step: int, rate: float) -> None:
-        self._background.contribute(step, self.replica.gradient())
-        done = self._background.result(step)
+        self.background.contribute(step, self.replica.gradient())
+        done = self.background.result(step)
         self.replica.set_gradient(done.total.div_(done.members))
         # Of the steps of this rank that are not in a sum yet, the oldest will be this much late.
         staleness = step - done.contributed
         self._observed = {"fresh": float(staleness == 0), "staleness_max": float(staleness)}
 
-    def synchronises(self, step: int) -> bool:
-        return True
-
     def observed(self) -> Mapping[str, float]:
         return self._observed
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        return {"left_over": self._background.buffer}
+        return {"left_over": self.background.buffer}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._background.buffer = state["left_over"]
-
-    def close(self) -> None:
-        self._background.close()
-
-    def abort(self) -> None:
-        self._background.abort()
-
-    def _all_wait(self, step: int) -> bool:
-        return step % self.config.period == 0
+        self.background.buffer = state["left_over"]
 
 
 def quorum(config: Config) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.sync._replica import Replica
 
 
-class Method(_interface.Method):
+class Method(_interface.Exchanging):
     settings = frozenset(["period", "redundancy"])
 
     @staticmethod
@@ -55,18 +55,14 @@ class Method(_interface.Method):
 
         super().__init__(config, ranks, replica)
         everyone = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
-        self._background = Background(
+        self.background = Background(
             ranks,
             replica.weights().zero_(),
             lambda step: everyone,
-            self._all_wait,
+            self.ends_period,
             cluster_size=self.config.redundancy,
         )
         self._skipped = self._contributed = False
-
-    @property
-    def drift_steps(self) -> int:
-        return self.config.period
 
     @property
     def shares(self) -> Sequence[int]:
@@ -74,17 +70,14 @@ class Method(_interface.Method):
         first = self.ranks.data_rank // size * size
         return range(first, first + size)
 
-    def start(self, step: int) -> None:
-        self._background.start(step)
-
     def decided(self, step: int) -> bool:
-        self._skipped = self._background.begun(step)
+        self._skipped = self.background.begun(step)
         return self._skipped
 
     def before_step(self, step: int, rate: float) -> None:
         if not self._skipped:
-            self._background.contribute(step, self.replica.gradient())
-        done = self._background.result(step)
+            self.background.contribute(step, self.replica.gradient())
+        done = self.background.result(step)
         self._contributed = done.contributed == step
         self.replica.set_gradient(done.total.div_(done.members))
 
@@ -92,17 +85,5 @@ class Method(_interface.Method):
     def loss_counts(self) -> bool:
         return self._contributed
 
-    def synchronises(self, step: int) -> bool:
-        return True
-
     def observed(self) -> Mapping[str, float]:
         return {"skipped": float(self._skipped)}
-
-    def close(self) -> None:
-        self._background.close()
-
-    def abort(self) -> None:
-        self._background.abort()
-
-    def _all_wait(self, step: int) -> bool:
-        return step % self.config.period == 0

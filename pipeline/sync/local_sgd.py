@@ -20,17 +20,10 @@ class Method(_interface.Method):
     def check(config: Config) -> list[str]:
         return _interface.check_period(config)
 
-    @property
-    def drift_steps(self) -> int:
-        return self.config.period
-
     def before_step(self, step: int, rate: float) -> None:
         if step <= self.config.warm_steps:
             self.replica.set_gradient(self.replica.averaged(self.replica.gradient()))
 
     def after_step(self, step: int) -> None:
-        if step > self.config.warm_steps and self.synchronises(step):
+        if step > self.config.warm_steps and step % self.config.period == 0:
             self.replica.set_weights(self.replica.averaged(self.replica.weights()))
-
-    def synchronises(self, step: int) -> bool:
-        return step <= self.config.warm_steps or step % self.config.period == 0

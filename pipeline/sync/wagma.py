@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.sync._replica import Replica
 
 
-class Method(_interface.Method):
+class Method(_interface.Exchanging):
     settings = frozenset(["period", "group_size", "grace_ms"])
     tests_batches = True
 
@@ -53,22 +53,15 @@ class Method(_interface.Method):
         super().__init__(config, ranks, replica)
         self.size = group_size(config)
         self._groups = self._butterfly()
-        self._background = Background(
-            ranks, replica.weights(), self._group_of, self.synchronises, grace_s=self.config.grace_ms / 1000
+        self.background = Background(
+            ranks, replica.weights(), self._group_of, self.ends_period, grace_s=self.config.grace_ms / 1000
         )
         self._observed: dict[str, float] = {}
 
-    @property
-    def drift_steps(self) -> int:
-        return self.config.period
-
-    def start(self, step: int) -> None:
-        self._background.start(step)
-
     def after_step(self, step: int) -> None:
         own = self.replica.weights()
-        self._background.contribute(step, own)
-        done = self._background.result(step)
+        self.background.contribute(step, own)
+        done = self.background.result(step)
         total, members = done.total, done.members
         if done.contributed < step:
             total.add_(own)
@@ -77,23 +70,14 @@ class Method(_interface.Method):
         staleness = step - done.contributed
         self._observed = {"fresh": float(staleness == 0), "staleness_max": float(staleness)}
 
-    def synchronises(self, step: int) -> bool:
-        return step % self.config.period == 0
-
     def observed(self) -> Mapping[str, float]:
         return self._observed
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        return {"sent": self._background.buffer}
+        return {"sent": self.background.buffer}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        self._background.buffer = state["sent"]
-
-    def close(self) -> None:
-        self._background.close()
-
-    def abort(self) -> None:
-        self._background.abort()
+        self.background.buffer = state["sent"]
 
     def _butterfly(self) -> list[dist.ProcessGroup]:
         """This rank's group at t = 0, 1, …; they repeat. All ranks create all groups, in one order."""
@@ -114,7 +98,7 @@ class Method(_interface.Method):
         return mine
 
     def _group_of(self, step: int) -> dist.ProcessGroup:
-        return self._everyone if self.synchronises(step) else self._groups[(step - 1) % len(self._groups)]
+        return self._everyone if self.ends_period(step) else self._groups[(step - 1) % len(self._groups)]
 
 
 def grouping(t: int, ranks: int, size: int) -> list[tuple[int, ...]]:
