@@ -63,7 +63,11 @@ class Run:
 
     @property
     def flops_per_token(self) -> float | None:
-        return flops_per_token(self.config.model, self.config.data.sequence_length) if self.config else None
+        """Of a token that is counted; under gradient coding each is computed several times."""
+        if self.config is None:
+            return None
+        times = self.config.sync.redundancy if self.config.sync.method == "gradient_coding" else 1
+        return times * flops_per_token(self.config.model, self.config.data.sequence_length)
 
     def _reads(self, axis: str) -> bool:
         """Whether a swept setting can change the run: a constant batch, say, does not read batch.eta."""

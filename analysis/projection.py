@@ -222,7 +222,8 @@ def _unusable(own: Sequence[StepTrace]) -> str | None:
     if (sync := own[0].config.sync.method) != "allreduce":
         return f"it has sync={sync}, and only ranks that average gradients in every step are projected"
     if (imbalance := own[0].config.imbalance).read:
-        return f"its ranks were slowed down on purpose (imbalance={imbalance.kind})"
+        how = f"={imbalance.kind}" if imbalance.kind != "none" else f".compute_ms={imbalance.compute_ms:g}"
+        return f"its ranks were slowed down on purpose (imbalance{how})"
     if len({arithmetic(run) for run in own}) > 1:
         return "its runs were on different hardware"
     return None

@@ -74,6 +74,17 @@ def _parallel(config: Config) -> str:
     return f"{p.strategy}, {ranks}, micro-batch {config.data.micro_batch}, {p.precision}"
 
 
+def _imbalance(config: Config) -> str:
+    kind, i = config.imbalance.kind, config.imbalance
+    late = {
+        "none": "none",
+        "delay": f"{i.ranks} random ranks {i.delay_ms:g} ms late in every step",
+        "lognormal": f"ranks late by a log-normal time, median {i.delay_ms:g} ms, σ {i.sigma:g}",
+        "variable_length": f"ranks train on {i.min_share:.0%} to all of their sequences",
+    }[kind]
+    return late + (f"; all sleep {i.compute_ms:g} ms a step besides" if i.compute_ms else "")
+
+
 def _optimizer(config: Config) -> str:
     o = config.optim
     clip = "no clipping" if o.clip is None else f"clip {o.clip:g}"
@@ -100,6 +111,7 @@ _SETTINGS: dict[str, Callable[[Config], str]] = {
     "Data": _data,
     "Parallelism": _parallel,
     "Synchronisation": lambda config: config.sync.method,
+    "Imbalance": _imbalance,
     "Optimizer": _optimizer,
     "Learning rate": _learning_rate,
     "Evaluation": _evaluation,

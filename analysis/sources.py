@@ -19,8 +19,8 @@ from analysis import online
 from analysis.online import OnlineRun
 from analysis.records import COLUMNS, EMPTY, ROWS, latest, read_record, table
 from analysis.wandb_files import read_run
-from pipeline.config import Config, ConfigError, did_you_mean, parse
-from pipeline.store import RunDirectory, State, Status, python
+from pipeline.config import Config, ConfigError, did_you_mean
+from pipeline.store import RunDirectory, State, Status, python, thawed
 
 OFFLINE = "wandb-offline"
 ONLINE = "wandb:"
@@ -241,7 +241,7 @@ def _config(logged: Mapping[str, Any]) -> Config:
             for name in groups:
                 group = group.setdefault(name, {})
             group[leaf] = value
-    return parse(tree)
+    return thawed(tree)
 
 
 def _status(run: OnlineRun, config: Config | None) -> Status:

@@ -21,22 +21,22 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.load import load_sweep
+from analysis.load import Run, load_sweep
 from analysis.statistics import Estimate, estimate
-from pipeline.config import Config
+from pipeline.config import Config, ConfigError
 from pipeline.store import Row, RunDirectory
 
 BASELINE = "allreduce"
 COLOURS = {
     "allreduce": "#888888",
     "local_sgd, period 1": "#bbbbbb",
-    "local_sgd, period 10": "#2e7d32",
+    "local_sgd": "#2e7d32",
     "dpsgd": "#8d6e63",
     "sgp": "#c46210",
     "adpsgd": "#e8a33d",
     "eager_sgd": "#b03060",
     "wagma": "#1f4e79",
-    "wagma, grace 8 ms": "#4f9bd9",
+    "wagma, grace_ms 8": "#4f9bd9",
 }
 
 
@@ -55,14 +55,11 @@ class Result:
 Setting = tuple[int, str, str]  # ranks, imbalance, distribution of the data
 
 
-def method_of(config: Config) -> str:
-    sync = config.sync
-    details = []
-    if sync.method == "local_sgd":
-        details.append(f"period {sync.period}")
-    if sync.grace_ms:
-        details.append(f"grace {sync.grace_ms:g} ms")
-    return ", ".join([sync.method, *details])
+def method_of(run: Run, config: Config) -> str:
+    """With all settings of the sweep that make a difference to it."""
+    others = ("sync", "parallel.replicate", "imbalance", "data.distribution")
+    details = [f"{key.rpartition('.')[2]} {value}" for key, value in run.setting.items() if key not in others]
+    return ", ".join([config.sync.method, *details])
 
 
 def result_of(rows: Sequence[Row]) -> Result:
@@ -87,7 +84,12 @@ def results_of(sweep: str) -> dict[Setting, dict[str, dict[str, Result]]]:
         if run.state == "DONE" and run.config and run.id:
             config = run.config
             setting = (config.parallel.replicate, config.imbalance.kind, config.data.distribution)
-            found[setting][method_of(config)][run.seed] = result_of(RunDirectory.find(run.id).rows())
+            method = method_of(run, config)
+            if run.seed in found[setting][method]:
+                raise ConfigError(
+                    f"{sweep}: two runs of {method}, seed {run.seed}, {setting} cannot be told apart"
+                )
+            found[setting][method][run.seed] = result_of(RunDirectory.find(run.id).rows())
     return found
 
 
@@ -96,7 +98,7 @@ def table(results: dict[str, dict[str, Result]]) -> str:
     columns = ["method", "tokens/s", "× allreduce", "loss", "− allreduce", "consensus distance", "fresh"]
     rows = [columns, ["---"] * len(columns)]
     base = results.get(BASELINE, {})
-    for method in sorted(results, key=list(COLOURS).index):
+    for method in results:
         runs = results[method]
         paired = [(runs[seed], base[seed]) for seed in sorted(runs.keys() & base.keys())]
         consensus = [run.consensus for run in runs.values() if run.consensus is not None]
@@ -129,10 +131,10 @@ def draw_consensus(results: dict[Setting, dict[str, dict[str, Result]]], path: P
     for axes, setting in zip(np.atleast_1d(figure.subplots(1, len(settings))), settings, strict=True):
         for method, runs in results[setting].items():
             of_seeds = [run.consensus_by_step[60:120] for run in runs.values() if run.consensus_by_step]
-            if of_seeds and max(map(max, of_seeds)) > 0:
+            if any(map(any, of_seeds)):
                 mean = np.mean(of_seeds, axis=0)
                 shown = np.where(mean > 0, mean, np.nan)
-                axes.plot(np.arange(61, 61 + len(mean)), shown, label=method, color=COLOURS[method])
+                axes.plot(np.arange(61, 61 + len(mean)), shown, label=method, color=COLOURS.get(method))
         axes.set_yscale("log")
         axes.set_xlabel("optimizer step")
         axes.set_title(f"{setting[0]} processes", fontsize=10)
@@ -149,7 +151,7 @@ def draw_loss(results: dict[Setting, dict[str, dict[str, Result]]], path: Path) 
     for axes, setting in zip(np.atleast_1d(figure.subplots(1, len(settings))), settings, strict=True):
         for method, runs in results[setting].items():
             seconds, losses = np.mean([run.evaluations for run in runs.values()], axis=0).T
-            axes.plot(seconds, losses, marker=".", label=method, color=COLOURS[method])
+            axes.plot(seconds, losses, marker=".", label=method, color=COLOURS.get(method))
         axes.set_xlabel("seconds of training")
         axes.set_ylabel("validation loss (nats per byte)")
         axes.set_title(f"{setting[0]} processes", fontsize=10)

@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from pipeline.batch import schedule_class
-from pipeline.config import Config, ConfigError, check_mesh, parse, to_tree
+from pipeline.config import Config, ConfigError, check_imbalance, check_mesh, check_replicas, parse, to_tree
 from pipeline.overrides import CONF, no_such_option, options_of
 from pipeline.parallel import strategy_class
+from pipeline.sync import method_class
 
 GROUPS = ("parallel", "launch")
 
@@ -31,7 +32,8 @@ def for_attempt(config: Config, changes: Sequence[str]) -> Config:
         _apply(change, tree)
     changed = parse(tree)
     changed = replace(changed, batch=replace(changed.batch, round_to=config.batch_multiple))
-    if problems := [*check_mesh(changed), *_check_same_run(config, changed)]:
+    fit = [*check_mesh(changed), *check_replicas(changed), *check_imbalance(changed)]
+    if problems := [*fit, *_check_same_run(config, changed)]:
         raise ConfigError(*problems)
     return changed
 
@@ -63,6 +65,25 @@ def _check_same_run(frozen: Config, changed: Config) -> list[str]:
         problems.append(
             f"parallel.precision={after.precision}: the run computes in {before.precision}; "
             f"in another precision it would be another run"
+        )
+    by_ranks = [
+        setting
+        for setting, counts in (
+            ("data.distribution=by_rank", frozen.data.distribution == "by_rank"),
+            ("imbalance=variable_length", frozen.imbalance.kind == "variable_length"),
+        )
+        if counts and after.data_ranks != before.data_ranks
+    ]
+    if by_ranks:
+        problems.append(
+            f"parallel: {mesh_of(changed)}: with {' and '.join(by_ranks)} what is read depends on "
+            f"the {before.data_ranks} data-parallel ranks of this run. Keep replicate × shard = "
+            f"{before.data_ranks}"
+        )
+    if method_class(frozen.sync.method).replicas and after.replicate != before.replicate:
+        problems.append(
+            f"parallel: {mesh_of(changed)}: sync={frozen.sync.method} brings together the {before.replicate} "
+            f"replicas of this run. Keep parallel.replicate={before.replicate}"
         )
     needs = schedule_class(frozen.batch.schedule)(frozen).needs
     if needs and needs.units == "worker":

@@ -578,12 +578,15 @@ def check(config: Config) -> None:
     """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
     if unknown := _one_of("optim.name", config.optim.name, optimizers.names()):
         raise ConfigError(*unknown)  # what fits depends on what the optimizer does
+    batch_problems = _check_batch(config)
     problems = [
         *check_mesh(config),
         *_check_data(config),
-        *_check_batch(config),
-        *_check_sync(config),
-        *_check_imbalance(config),
+        *batch_problems,
+        *(
+            [] if batch_problems else check_replicas(config)
+        ),  # what fits depends on what the schedule measures
+        *check_imbalance(config),
         *_check_optimisation(config),
         *_check_launch(config),
     ]
@@ -715,7 +718,8 @@ def _check_batch(config: Config) -> list[str]:
     return problems
 
 
-def _check_sync(config: Config) -> list[str]:
+def check_replicas(config: Config) -> list[str]:
+    """Problems of the way to agree, with whatever it must go together."""
     sync, parallel, batch = config.sync, config.parallel, config.batch
     if unknown := _one_of("sync.method", sync.method, sync_methods.names()):
         return unknown
@@ -727,36 +731,41 @@ def _check_sync(config: Config) -> list[str]:
     method = sync_methods.method_class(sync.method)
     if not method.replicas:
         return problems
-    if parallel.strategy != "ddp" or parallel.replicate < 2:
-        problems.append(
-            f"sync={sync.method}: its replicas are ranks of parallel=ddp, at least 2, not of "
-            f"parallel={parallel.strategy} parallel.replicate={parallel.replicate}. Nearest: parallel=ddp "
-            f"parallel.replicate={max(2, parallel.data_ranks)}, or sync=allreduce"
-        )
     if config.branch.run:
-        problems.append(f"branch.run={config.branch.run}: a branch goes on as one model; use sync=allreduce")
+        problems.append(
+            f"branch.run={config.branch.run} sync={sync.method}: only one model can be branched off, of "
+            f"a run with sync=allreduce and with it. Use branch.run=null branch.tokens=0"
+        )
     if config.lr.batch_scaling == "adascale":
         problems.append(
-            f"lr.batch_scaling=adascale: compares gradients in every step, sync={sync.method} not"
+            f"lr.batch_scaling=adascale: needs gradients compared in every step, which sync={sync.method} "
+            f"does not do. Use sync=allreduce or another lr.batch_scaling"
         )
-    if batch.schedule not in batch_schedules.names():
-        return problems  # what fits depends on what the schedule measures
     needs = batch_schedules.schedule_class(batch.schedule)(config).needs
     if needs and not method.tests_batches:
         able = [name for name in sync_methods.names() if sync_methods.method_class(name).tests_batches]
         problems.append(
-            f"batch={batch.schedule} sync={sync.method}: its replicas never have gradients to compare. "
-            f"Use a planned batch or one of sync={', '.join(able)}"
+            f"batch={batch.schedule} sync={sync.method}: this method does not compare gradients. Use a "
+            f"planned batch or one of sync={', '.join(able)}"
         )
     elif needs and needs.units != "worker":
+        by_rank = "batch.direction=in_sample" if needs.direction else "batch.estimator=worker"
         problems.append(
-            f"batch.estimator={batch.estimator} sync={sync.method}: replicas compare the gradients of "
-            f"their shares. Use batch.estimator=worker"
+            f"batch={batch.schedule} sync={sync.method}: replicas compare the gradients of their shares, "
+            f"not of micro-batches. Use {by_rank}"
         )
+    if parallel.strategy != "ddp" or parallel.replicate < 2:
+        return [
+            *problems,
+            f"sync={sync.method}: its replicas are ranks of parallel=ddp, at least 2, not of "
+            f"parallel={parallel.strategy} parallel.replicate={parallel.replicate}. Use parallel=ddp and a "
+            f"parallel.replicate of at least 2, or sync=allreduce",
+        ]
     return problems + method.check(config)
 
 
-def _check_imbalance(config: Config) -> list[str]:
+def check_imbalance(config: Config) -> list[str]:
+    """Problems of what makes ranks late."""
     imbalance, ranks = config.imbalance, config.parallel.data_ranks
     problems = [
         f"imbalance.{key}={value}: must not be negative"

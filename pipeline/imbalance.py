@@ -34,7 +34,10 @@ class Imbalance:
 
     def seconds(self, step: int, shares: int = 1) -> float:
         """How long this rank sleeps in this step, if it computes so many shares of the batch."""
-        return shares * self.config.compute_ms / 1000 + float(self.delays_s(step)[self.rank])
+        late_s = 0.0
+        if self.config.kind in ("delay", "lognormal"):
+            late_s = float(self.delays_s(step)[self.rank])
+        return shares * self.config.compute_ms / 1000 + late_s
 
     def delays_s(self, step: int) -> NDArray[np.float64]:
         """By which each rank is late in this step. They depend on the seed and the step alone."""

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -59,6 +60,30 @@ def python() -> str:
     if found and os.path.samefile(found, this) and os.path.samefile(Path(found).parent, this.parent):
         return "python"
     return str(this.relative_to(Path.cwd()) if this.is_relative_to(Path.cwd()) else this)
+
+
+def thawed(tree: Mapping[str, Any]) -> Config:
+    """The config of a run. What a run of an earlier version has no setting for it did not do. Raises
+    ConfigError."""
+    groups = {name: tree.get(name, {}) for name in _later_settings()}
+    later = {
+        name: {**settings, **groups[name]}
+        for name, settings in _later_settings().items()
+        if isinstance(groups[name], Mapping)
+    }
+    return parse({**tree, **later})
+
+
+@functools.cache
+def _later_settings() -> dict[str, dict[str, Any]]:
+    """Settings that did not always exist, as they change nothing: their defaults."""
+    conf = Path(__file__).resolve().parents[1] / "conf"
+    defaults = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
+    return {
+        "data": {"distribution": defaults["data"]["distribution"]},
+        "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
+        "imbalance": {**defaults["imbalance"], "kind": "none"},
+    }
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -176,7 +201,7 @@ class RunDirectory:
             tree = yaml.load(self.config_file.read_text(encoding="utf-8"), _Loader)
         except FileNotFoundError:
             raise ConfigError(f"{self.path}: holds no config.yaml, so it is no run directory") from None
-        return parse(tree)
+        return thawed(tree)
 
     # status
 

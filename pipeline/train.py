@@ -48,6 +48,7 @@ def not_continued(config: Config, parent: Config) -> list[str]:
             ("data.sequence_length", config.data.sequence_length, parent.data.sequence_length),
             ("data.seed", config.data.seed, parent.data.seed),
             ("data.fingerprint", config.data.fingerprint, parent.data.fingerprint),
+            ("data.distribution", config.data.distribution, parent.data.distribution),
             ("optim.name", config.optim.name, parent.optim.name),
             ("sync.method", config.sync.method, parent.sync.method),
         )
@@ -144,6 +145,8 @@ class Trainer:
         if config.sync.consensus and self.sync.replicas:
             self.sketch = Sketch(sum(p.numel() for p in self.parameters), self.device)
         self.unreported: deque[Row] = deque()  # rows that wait for what other replicas say of their steps
+        self.observed: dict[str, float] = {}  # in the step just done
+        self.waited_s = 0.0  # for other replicas, since the last report
         self.stop_agreed = self.save_agreed = False  # by all ranks, in the step just done
         self.resumed_at = time.perf_counter()  # training time runs from here
         self.status_at = self.stop_looked_at = 0.0
@@ -185,7 +188,6 @@ class Trainer:
             step_tokens=size * self.length,
             batch_factor=factor,
         )
-        self.waited_s = 0.0
         with self._waiting():
             self.sync.before_backward(number)
         share_of_loss = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -206,10 +208,13 @@ class Trainer:
         progress.step += 1
         progress.sequences += size
         self._decide(size, statistics, tested)
-        reports = self._agree(loss, squared_norm) if self.agreement else []
+        # A replica that fails does not meet the others any more.
+        reports = self._agree(loss, squared_norm) if self.agreement and finite else []
         now = time.perf_counter()
         seconds, self.resumed_at = now - self.resumed_at, now
         progress.time += seconds
+        if self.sync.replicas:
+            loss *= self.ranks.data_ranks  # of its share, until the others have told theirs
         if self.ranks.is_main:
             row = self._train_row(loss, squared_norm, rate, size, seconds, decision, statistics)
             self._log_trained({**row, "lr/batch_factor": factor}, reports)
@@ -241,9 +246,10 @@ class Trainer:
         for index, (start, count) in enumerate(units):
             unit = (start - first) // self.micro
             length = self.imbalance.length(self.progress.step + 1, self.length, unit % self.ranks.data_ranks)
-            inputs, targets = self._on_device(self.data.take(start, max(count, 1))[:, : length + 1])
+            sequences = self.data.take(self._place(start), max(count, 1))
+            inputs, targets = self._on_device(sequences[:, : length + 1])
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
-            self.data.request(*following)
+            self.data.request(self._place(following[0]), following[1])
             last = index + 1 == len(units)
             scale = self.ranks.loss_scale(count, of=size)
             with self.strategy.micro_batch(self.model, last=last, whole=whole), self.strategy.loss():
@@ -294,10 +300,12 @@ class Trainer:
         values = {"loss": loss, "squared_norm": squared_norm, "stop": stop, "save": save}
         self.observed = {"wait_s": self.waited_s, "wait_s_max": self.waited_s, **self.sync.observed()}
         values |= self.observed
+        self.waited_s = 0.0
         if self.sketch:
             values |= self.sketch(self.replica.weights())
         self.save_agreed = False
-        reports = self.agreement.tell(values)
+        with self._waiting():  # of the next step
+            reports = self.agreement.tell(values)
         self._hear(reports)
         interval = self.config.checkpoint.interval_tokens
         meet = self.finished or self.crossed(self.config.eval.interval_tokens) or self.crossed(interval)
@@ -346,6 +354,12 @@ class Trainer:
             for share in shares:
                 start = round_start + share * micro
                 yield first + start, max(0, min(micro, size - start))
+
+    def _place(self, start: int) -> int:
+        """Where a unit that starts at sequence `start` lies in the stream that this rank reads."""
+        if self.config.data.distribution == "shared":
+            return start
+        return start // self.config.batch_unit * self.micro  # the other ranks' units are in other streams
 
     def _next_unit(self, first: int) -> tuple[int, int]:
         """This rank's first micro-batch of a step that starts at `first`, whatever its batch will be."""
@@ -525,6 +539,9 @@ class Trainer:
         self.data.close()
         self.checkpoints.close()
         if self.tracker and self.metrics:
+            with contextlib.suppress(OSError):  # of a failure, as far as this rank knows it
+                for row in self.unreported:
+                    self.metrics.write(row)
             self.tracker.finish(exit_code, preempted=self.run.stop_requested() == "PREEMPTED")
             with contextlib.suppress(OSError):  # rows no checkpoint covers: the next attempt does them again
                 self.metrics.close()

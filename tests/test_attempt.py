@@ -52,6 +52,23 @@ def test_ranks_that_are_compared_stay_as_many():
             for_attempt(frozen, changes)
 
 
+@pytest.mark.parametrize(
+    ("more", "changes", "message"),
+    [
+        ("sync=local_sgd", ["parallel.replicate=2"], "Keep parallel.replicate=4"),
+        ("sync=local_sgd", ["parallel=fsdp", "parallel.shard=4"], "Use parallel=ddp"),
+        ("data.distribution=by_rank", ["parallel.replicate=2"], "Keep replicate × shard = 4"),
+        ("imbalance=variable_length", ["parallel.replicate=2"], "Keep replicate × shard = 4"),
+        ("imbalance=delay", ["parallel=single", "parallel.replicate=1"], "imbalance.ranks=2: of 1"),
+    ],
+)
+def test_ranks_that_make_the_run_what_it_is_stay_as_many(more: str, changes: list[str], message: str):
+    frozen = config("parallel=ddp", "parallel.replicate=4", more)
+    with pytest.raises(ConfigError, match=message):
+        for_attempt(frozen, changes)
+    assert for_attempt(frozen, ["launch.cpus_per_task=1"]).parallel == frozen.parallel
+
+
 def test_the_rest_of_the_ranks():
     moved = for_attempt(config(), ["parallel=fsdp", "parallel.shard=-1", "launch.gpus_per_node=4"])
     assert moved.parallel.shard == 4

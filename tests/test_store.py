@@ -15,8 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import ConfigError
+from pipeline.identity import run_id
 from pipeline.store import (
     AlreadyRunning,
     MetricsWriter,
@@ -40,6 +42,21 @@ def test_frozen_config_is_read_back(home: Path):
     run.freeze(config("batch=norm_test"))
     assert run.config() == config("batch=norm_test")
     assert (run.status().state, run.status().budget_tokens) == ("PENDING", 1_999_872)
+
+
+def test_a_run_of_before_there_were_replicas_is_read_and_has_the_same_id(home: Path):
+    """A config frozen without the settings that have come since."""
+    run = RunDirectory.of(config())
+    run.freeze(config())
+    tree = yaml.safe_load(run.config_file.read_text())
+    del tree["data"]["distribution"], tree["imbalance"]
+    tree["sync"] = {"method": "allreduce"}
+    run.config_file.write_text(yaml.dump(tree))
+    assert run.config() == config() and run_id(run.config()) == run.id
+    del tree["seed"]
+    run.config_file.write_text(yaml.dump(tree))
+    with pytest.raises(ConfigError, match="seed: missing"):
+        run.config()
 
 
 def test_asked_for_again_a_run_takes_over_how_it_is_launched_until_it_is_done(home: Path):

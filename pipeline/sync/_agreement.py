@@ -19,6 +19,7 @@ from pipeline.parallel._ranks import COLLECTIVE_TIMEOUT, Ranks
 from pipeline.store import Row
 
 SKETCH_COLUMNS = 512
+ROWS = 2**11  # of the weights that are worked on at a time
 
 Report = dict[str, NDArray[np.float64]]  # of one step: by name, a value of every rank
 
@@ -86,9 +87,13 @@ class Sketch:
 
     def __call__(self, weights: torch.Tensor) -> dict[str, float]:
         """Of weights [n]: values to be told."""
-        padded = torch.nn.functional.pad(weights, (0, self._padding))
-        # In float64: distances are far smaller than the weights.
-        columns = (padded.double() * self._signs).view(-1, SKETCH_COLUMNS).sum(0)
+        padded = torch.nn.functional.pad(weights, (0, self._padding)).view(-1, SKETCH_COLUMNS)
+        signs = self._signs.view(-1, SKETCH_COLUMNS)
+        columns = torch.zeros(SKETCH_COLUMNS, dtype=torch.float64, device=weights.device)
+        for start in range(0, len(padded), ROWS):
+            part = slice(start, start + ROWS)
+            # In float64: distances are far smaller than the weights.
+            columns += (padded[part].double() * signs[part]).sum(0)
         return {f"sketch/{index}": value for index, value in enumerate(columns.tolist())}
 
 

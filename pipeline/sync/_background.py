@@ -36,7 +36,7 @@ _ABORT_TRIES, _ABORT_WAIT_S = 20, 0.1
 
 
 class PeerLeft(RuntimeError):
-    """Another rank gave up."""
+    """Another rank gave up: that one knows why."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Activation:
                 keys = [_key(step, cluster) for cluster in range(self._clusters)]
                 words = [word.decode() for word in self._waiting.multi_get(keys)]
                 if _ABORT in words:
-                    raise PeerLeft(f"another rank gave up before the exchange of step {step}")
+                    raise PeerLeft(f"a peer gave up before the exchange of step {step}")
                 return None if _CLOSE in words else [int(word) for word in words]
 
     def end(self, step: int, orderly: bool) -> None:

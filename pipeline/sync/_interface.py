@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.sync._background import Background
     from pipeline.sync._replica import Replica
 
-DEFAULT_DRIFT_STEPS = 10
+DEFAULT_DRIFT_STEPS, MOST_DRIFT_STEPS = 10, 50
 
 
 class Method:
@@ -48,7 +48,7 @@ class Method:
     def drift_steps(self) -> int:
         """How many steps ranks do between two reports to each other. A rank is at most twice as many steps
         ahead of another, and a wish to stop takes as long to be heard."""
-        return self.config.period if "period" in self.settings else DEFAULT_DRIFT_STEPS
+        return min(self.config.period, MOST_DRIFT_STEPS) if "period" in self.settings else DEFAULT_DRIFT_STEPS
 
     @property
     def shares(self) -> Sequence[int]:
@@ -123,7 +123,8 @@ class Exchanging(Method):
 
 
 def check_period(config: Config) -> list[str]:
-    """That a batch test falls on a synchronisation, where replicas have gradients of one model to compare."""
+    """That a batch test falls on a synchronisation: it compares the last gradients before replicas meet, as
+    Lau et al. 2024 (arXiv 2406.13936) do for local SGD."""
     interval, period = config.batch.interval, config.sync.period
     if not schedule_class(config.batch.schedule)(config).needs or interval % period == 0:
         return []

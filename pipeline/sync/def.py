@@ -11,7 +11,8 @@ the same x, to the bit; e is each one's own.
 As in the authors' program (github.com/anxuthu/DEF) the momentum m is the replica's own and runs before the
 compression, and 1/64 and λ = 0.3 are their settings. So clipping is of the own gradient and loses nothing of
 other steps. γ m is what the optimizer does to the weights, so it holds weight decay, taken at x (theirs at
-x − λe), and nothing is divided by the rate. They evaluate x − mean e; here x is.
+x − λe), and nothing is divided by the rate. They evaluate x − mean e; here x is, while `train/loss` is the
+loss at x − λe: that is no comparison with other methods.
 """
 
 from __future__ import annotations

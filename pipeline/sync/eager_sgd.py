@@ -69,7 +69,8 @@ class Method(_interface.Exchanging):
         return self._observed
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        return {"left_over": self.background.buffer}
+        # A copy: a rank that goes on empties its buffer while others still save.
+        return {"left_over": self.background.buffer.clone()}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
         self.background.buffer = state["left_over"]

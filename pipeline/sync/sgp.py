@@ -37,7 +37,7 @@ class Method(_interface.Method):
     def check(config: Config) -> list[str]:
         ranks, wanted = config.parallel.replicate, config.sync.neighbours
         most = powers(ranks)
-        if ranks < 2 or wanted <= most:  # fewer than two ranks are refused under every method
+        if wanted <= most:
             return []
         return [
             f"sync.neighbours={wanted}: of parallel.replicate={ranks} ranks sync=sgp sends to those at "

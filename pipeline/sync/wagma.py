@@ -36,8 +36,8 @@ class Method(_interface.Exchanging):
     def check(config: Config) -> list[str]:
         ranks, size = config.parallel.replicate, group_size(config)
         problems = _interface.check_period(config)
-        if ranks < 2 or not is_power_of_two(ranks) or not is_power_of_two(size) or not 2 <= size <= ranks:
-            near_ranks = max(2, nearest_power_of_two(ranks))
+        if not (is_power_of_two(ranks) and is_power_of_two(size) and 2 <= size <= ranks):
+            near_ranks = nearest_power_of_two(ranks)
             near_size = min(max(2, nearest_power_of_two(size)), near_ranks)
             given = config.sync.group_size or "null"
             problems.append(

@@ -27,6 +27,7 @@ def settings(*files: Path | str, **changes: Any) -> DataConfig:
         "tokenizer": "bytes",
         "sequence_length": 8,
         "micro_batch": 2,
+        "distribution": "shared",
         "validation_fraction": 0.2,
         "seed": 0,
         "workers": 1,

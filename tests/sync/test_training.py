@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from pipeline.gradients.capture import capture_for
 from pipeline.imbalance import Imbalance
 from pipeline.store import RunDirectory
 from pipeline.sync._agreement import SKETCH_COLUMNS, Sketch, consensus_distance
-from tests.distributed import column, gloo_ranks, ranks_of, train_here
+from tests.distributed import column, gloo_ranks, ranks_of, train_here, train_rank
 from tests.support import config
 from tests.training.test_worker import assert_nothing_torn, frozen, processes_of, start, wait_for_step
 
@@ -132,6 +134,43 @@ def test_what_an_export_reads_is_the_mean_of_the_replicas(home: Path, small_corp
         torch.testing.assert_close(weight, torch.stack([own[name] for own in replicas]).mean(0))
 
 
+def test_what_is_evaluated_in_the_middle_of_a_period_is_the_mean_of_the_replicas(
+    home: Path, small_corpus: list[str]
+):
+    from pipeline.model.llama import Llama, loss_sum
+
+    composed = config(*TINY, *small_corpus, "sync=local_sgd", "sync.period=100", "optim.lr=2e-2")
+    run = train_here(composed)
+    model = Llama(composed.model)
+    model.load_state_dict(checkpoint.load_weights(run))
+    stream = Stream(prepare(composed.data, home / "corpora").validation, 32, seed=0)
+    tokens = torch.from_numpy(stream.read(0, 16))
+    with torch.no_grad():
+        loss = loss_sum(model(tokens[:, :-1]), tokens[:, 1:]).item() / (16 * 32)
+    assert column(run, "val/loss") == pytest.approx([loss], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["local_sgd", "wagma", "sgp", "eager_sgd"])
+def test_a_replica_that_fails_where_all_meet_ends_all_at_once(sync: str, home: Path, small_corpus: list[str]):
+    """In the last step, after which nobody would come to a meeting."""
+    composed = config(*TINY, *small_corpus, f"sync={sync}")
+    with pytest.raises(Exception, match="step 40: training loss nan|closed by peer"):
+        gloo_ranks(4, rank_2_fails, composed, str(RunDirectory.of(composed).path), timeout_s=60)
+
+
+def rank_2_fails(rank: int, composed: Config, path: str) -> None:
+    import pipeline.train
+
+    class Poisoned(pipeline.train.Trainer):
+        def _backward(self, *arguments: Any) -> torch.Tensor:
+            loss = super()._backward(*arguments)
+            return loss * math.nan if rank == 2 and self.progress.step == 39 else loss
+
+    pipeline.train.Trainer = Poisoned
+    train_rank(rank, composed, path)
+
+
 def test_another_number_of_replicas_is_refused(home: Path, small_corpus: list[str]):
     settings = [*TINY, *small_corpus, "sync=local_sgd", "parallel.replicate=2", "budget.stop_tokens=5k"]
     run = train_here(config(*settings))
@@ -236,25 +275,27 @@ def test_consensus_distance_from_sketches():
 
 
 def test_each_rank_reads_a_part_of_the_corpus_of_its_own(home: Path, small_corpus: list[str]):
-    """Four ranks, four quarters: no sequence of one is in the others' part."""
+    """Four ranks, four quarters; each reads every sequence of its own before any again."""
     composed = config(*TINY, *small_corpus, "data.distribution=by_rank")
-    train_here(composed)
-    assert composed.data.distribution == "by_rank"
     corpus = prepare(composed.data, home / "corpora").train
-    parts = gloo_ranks(4, tokens_of_rank, composed, str(RunDirectory.of(composed).path))
     size = len(corpus) // 4
-    for rank, read in enumerate(parts):
+    parts = gloo_ranks(4, read_by_rank, composed, str(RunDirectory.of(composed).path), size // 32 // 4)
+    for rank, (places, read) in enumerate(parts):
+        assert places == list(range(len(places))) and len(places) >= size // 32 - 4
         part = corpus[rank * size : (rank + 1) * size + 4].tobytes()
         assert all(sequence.astype(corpus.dtype).tobytes() in part for sequence in read)
 
 
-def tokens_of_rank(rank: int, composed: Config, path: str) -> np.ndarray:
+def read_by_rank(rank: int, composed: Config, path: str, steps: int) -> tuple[list[int], np.ndarray]:
+    """The places of its stream that a rank reads in so many steps, and what is in the first four."""
     from pipeline.train import Trainer
 
-    trainer = Trainer(composed, RunDirectory(path), 2, ranks_of(composed, rank))
-    read = trainer.data.take(8 * rank, 4)
+    trainer = Trainer(composed, RunDirectory(path), 1, ranks_of(composed, rank))
+    units = [unit for step in range(steps) for unit in trainer._units(16 * step, 16, (rank,))]
+    places = [trainer._place(start) + index for start, count in units for index in range(count)]
+    read = trainer.data.take(0, 4)
     trainer.close(0)
-    return read
+    return places, read
 
 
 def test_delays_are_those_of_the_seed():
@@ -287,7 +328,7 @@ def test_variable_length_trains_on_a_part_of_each_sequence(home: Path, small_cor
     [
         (
             ["sync=local_sgd", "parallel.strategy=fsdp", "parallel.shard=4", "parallel.replicate=1"],
-            "Nearest: parallel=ddp parallel.replicate=4",
+            "Use parallel=ddp and a parallel.replicate of at least 2",
         ),
         (["sync.method=wagm"], r"sync.method=wagm: one of .*Did you mean wagma"),
         (["sync=local_sgd", "batch=norm_test", "batch.max_size=64"], "Use batch.estimator=worker"),
@@ -301,8 +342,17 @@ def test_variable_length_trains_on_a_part_of_each_sequence(home: Path, small_cor
             ],
             "Nearest batch.interval: 10",
         ),
-        (["sync=local_sgd", "lr.batch_scaling=adascale"], "compares gradients in every step"),
-        (["sync=local_sgd", "branch.run=0123456789", "branch.tokens=1k"], "use sync=allreduce"),
+        (["sync=local_sgd", "lr.batch_scaling=adascale"], "needs gradients compared in every step"),
+        (
+            ["sync=local_sgd", "branch.run=0123456789", "branch.tokens=1k"],
+            "only one model can be branched off",
+        ),
+        (["sync=local_sgd", "batch=critical"], "measured"),
+        (
+            ["sync=local_sgd", "batch=inner_product", "batch.max_size=64", "batch.theta=1", "batch.nu=1"],
+            "batch.direction=in_sample",
+        ),
+        (["sync=wagma", "parallel.strategy=fsdp", "parallel.shard=6", "parallel.replicate=1"], "at least 2"),
         (["sync=local_sgd", "batch.schedule=nix"], "batch.schedule=nix: one of"),
         (["sync=local_sgd", "sync.warm_steps=-1"], "must not be negative"),
         (["imbalance=delay", "imbalance.ranks=9"], "Nearest: 4"),
