@@ -15,8 +15,7 @@ from pipeline.sync import _shared
 from pipeline.sync.adpsgd import Method, partners
 from tests.distributed import column, gloo_ranks
 from tests.sync.interrupted import whole_and_resumed
-from tests.sync.test_wagma import late
-from tests.sync.trial import RATE, Delays, Log, _rank, trial
+from tests.sync.trial import RATE, Delays, Log, _rank, late, trial
 
 Events = list[tuple[str, Any]]
 

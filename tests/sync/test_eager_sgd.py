@@ -11,8 +11,7 @@ import pytest
 from pipeline.config import ConfigError
 from tests.distributed import column
 from tests.support import config
-from tests.sync.test_wagma import late
-from tests.sync.trial import Log, stopped_once, trial
+from tests.sync.trial import Log, late, stopped_once, trial
 
 
 def replayed(logs: Sequence[Log]) -> np.ndarray:

@@ -14,8 +14,7 @@ from pipeline.sync import method_class
 from pipeline.sync._replica import Replica
 from tests.distributed import column, gloo_ranks, ranks_of, train_here
 from tests.support import config
-from tests.sync.test_wagma import late
-from tests.sync.trial import Log, gradient_at, stopped_once, trial
+from tests.sync.trial import Log, gradient_at, late, stopped_once, trial
 
 
 def assert_exact(logs: Sequence[Log], first: int = 1) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.sync.wagma import grouping
 from tests.support import config
-from tests.sync.trial import Delays, Log, trial
+from tests.sync.trial import Log, late, trial
 
 
 def test_groups_are_those_of_the_papers_example():
@@ -31,13 +31,6 @@ def test_an_update_reaches_everybody_in_log_s_p_steps(ranks: int, size: int):
             assert {len(group) for group in groups} == {size}
             reached = {rank for group in groups if reached & set(group) for rank in group}
         assert len(reached) == ranks
-
-
-def late(ranks: int, steps: int, delay_s: float) -> Delays:
-    """Two random ranks in every step, as in the paper's experiments."""
-    random = np.random.default_rng(7)
-    chosen = ((step, random.choice(ranks, 2, replace=False)) for step in range(1, steps + 1))
-    return {(int(rank), step): delay_s for step, pair in chosen for rank in pair}
 
 
 def replayed(logs: Sequence[Log], size: int, period: int, first: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -44,6 +44,13 @@ class Log:
     )
 
 
+def late(ranks: int, steps: int, delay_s: float) -> Delays:
+    """Two random ranks in every step, as in the paper's experiments."""
+    random = np.random.default_rng(7)
+    chosen = ((step, random.choice(ranks, 2, replace=False)) for step in range(1, steps + 1))
+    return {(int(rank), step): delay_s for step, pair in chosen for rank in pair}
+
+
 def trial(
     ranks: int,
     *overrides: str,
