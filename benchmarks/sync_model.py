@@ -6,7 +6,10 @@ the exchange of a step when it has done that, after it ended the step before. Fr
 - allreduce, local SGD: at a synchronisation all ranks end at the last arrival + the cost of the exchange;
   elsewhere a rank ends when it arrives. Adaptive periods are local SGD of their mean period.
 - delayed averaging: the exchange begins at the last arrival, and is met `delay_steps` steps later.
-- D-PSGD, SGP: a rank ends when it and those whose models it receives have arrived, + the cost.
+- SGP: a rank ends when it and those whose models it receives have arrived, + the cost. D-PSGD in the code of
+  WAGMA-SGD's paper too.
+- D-PSGD (pipeline.sync.dpsgd): models leave before the gradient. A rank ends when it has arrived and what
+  came since it and its neighbours began the step is there.
 - AD-PSGD: a rank ends when it arrives; its exchanges are another thread's.
 - eager-SGD, WAGMA-SGD (pipeline.sync._background): an exchange is activated for all when `quorum` ranks have
   arrived, whoever they are. It begins on a rank when it is activated and the rank's exchange before is done,
@@ -14,10 +17,14 @@ the exchange of a step when it has done that, after it ended the step before. Fr
   cost. A rank ends when it has arrived and the exchange is done. At a synchronisation exchanges begin when
   their ranks arrive.
 - gradient coding: clusters of ranks compute the same shards, and the first of each cluster is enough. One
-  that is late ends what it has begun, and goes on with the step at which the others then are.
+  that is late ends what it has begun, and goes on with the step at which the others then are. At a
+  synchronisation all ranks compute, and the last one counts.
+- Where nothing else bounds it (D-PSGD, SGP, AD-PSGD) ranks run ahead of each other only so far: at the end of
+  every `drift_steps` steps a rank waits until all have done as many less (pipeline.sync._agreement).
 
 What this leaves out: exchanges cost the same whoever takes part, and do not slow the computation down; links
-are not shared between exchanges; nothing of an exchange is hidden behind the computation of its own step.
+are not shared between exchanges; nothing of an exchange is hidden behind the computation of its own step,
+except where it begins before.
 """
 
 from __future__ import annotations
@@ -29,14 +36,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.synchronisation import Network
+from pipeline.sync._interface import DEFAULT_DRIFT_STEPS
+from pipeline.sync.sgp import distances, powers
 from pipeline.sync.wagma import grouping
 
 Seconds = NDArray[np.float64]
 Members = NDArray[np.int64]  # of the groups of a step, [groups, size]
+Offsets = Callable[[int], Sequence[int]]  # to a rank from those whose messages it gets, by step from 1
 
 SCALARS_BYTES = 8  # A2SGD's two means
 MODEL_BYTES = 4  # of a parameter
-BY_TENSOR = ", by tensor"
+PAPERS_CODE = ", as in the paper's code"  # WAGMA-SGD's
 
 
 @dataclass(frozen=True)
@@ -118,40 +128,56 @@ def delayed_averaging(own_s: Seconds, period: int, delay_steps: int, exchange_s:
 
 
 def with_neighbours(
-    own_s: Seconds, offsets: Callable[[int], Sequence[int]], message_s: float, tensors: int = 1
+    own_s: Seconds,
+    offsets: Offsets,
+    message_s: float,
+    *,
+    tensors: int = 1,
+    drift_steps: int | None = None,
 ) -> Run:
-    """D-PSGD, SGP: rank r receives from the ranks r − offset, and sends as many messages in turn. Where
-    models are exchanged tensor by tensor a delay travels as many hops within the step."""
+    """SGP: rank r receives from the ranks r − offset, and sends as many messages in turn. Where models are
+    exchanged tensor by tensor a delay travels as many hops within the step."""
     clock, ended = _start(own_s)
     for step, own in enumerate(own_s, 1):
         clock = clock + own
         now = offsets(step)
         for _ in range(tensors):
-            latest = np.max([clock, *(np.roll(clock, offset) for offset in now)], axis=0)
+            latest = _latest(clock, now)
             if (latest == clock).all():
                 break
             clock = latest
-        clock = clock + len(now) * message_s
+        clock = _heard(clock + len(now) * message_s, ended, step, drift_steps)
         ended[step - 1] = clock
     return Run(ended)
 
 
-def ring(step: int) -> Sequence[int]:
-    return (1, -1)
+def sent_before(own_s: Seconds, offsets: Offsets, message_s: float, *, drift_steps: int | None = None) -> Run:
+    """D-PSGD: the same messages, on their way since both ends began the step."""
+    clock, ended = _start(own_s)
+    for step, own in enumerate(own_s, 1):
+        now = offsets(step)
+        clock = np.maximum(clock + own, _latest(clock, now) + len(now) * message_s)
+        clock = _heard(clock, ended, step, drift_steps)
+        ended[step - 1] = clock
+    return Run(ended)
 
 
-def exponential(ranks: int, neighbours: int) -> Callable[[int], Sequence[int]]:
-    """SGP's graph: 2⁰, 2¹, … in turn, several neighbours of a step being successive powers."""
-    powers = ranks.bit_length() - 1
-
-    def offsets(step: int) -> Sequence[int]:
-        return sorted({1 << (step - 1 + further) % powers for further in range(neighbours)})
-
-    return offsets
+def ring(ranks: int) -> Offsets:
+    offsets = sorted({1, ranks - 1})
+    return lambda step: offsets
 
 
-def alone(own_s: Seconds) -> Run:
-    return Run(np.cumsum(own_s, axis=0))
+def exponential(ranks: int, neighbours: int) -> Offsets:
+    """SGP's graph."""
+    return lambda step: distances(step, ranks, neighbours)
+
+
+def alone(own_s: Seconds, drift_steps: int | None = None) -> Run:
+    clock, ended = _start(own_s)
+    for step, own in enumerate(own_s, 1):
+        clock = _heard(clock + own, ended, step, drift_steps)
+        ended[step - 1] = clock
+    return Run(ended)
 
 
 def background(
@@ -198,23 +224,39 @@ def world(ranks: int) -> Callable[[int], Members]:
     return lambda step: everyone
 
 
-def gradient_coding(work: Work, copies: int, exchange_s: float) -> Run:
-    """Every rank of a cluster of `copies` computes all `copies` shards of it, which takes so much longer."""
-    own_s = copies * work.compute_s + work.delay_s
+def gradient_coding(own_s: Seconds, copies: int, period: int, exchange_s: float) -> Run:
+    """Clusters are of `copies` ranks. `own_s` is for all shards of a cluster."""
     free, ended = _start(own_s)
     done_s = 0.0
-    for index, own in enumerate(own_s):
+    for step, own in enumerate(own_s, 1):
         begins = np.maximum(free, done_s)
         ready = begins + own
-        done_s = float(ready.reshape(-1, copies).min(axis=1).max()) + exchange_s
-        free = np.where(begins < done_s, ready, free)  # who was still at an earlier step leaves this one out
-        ended[index] = done_s
+        if step % period == 0:
+            begun_s, free = float(ready.max()), ready
+        else:
+            begun_s = float(ready.reshape(-1, copies).min(axis=1).max())
+            free = np.where(begins < begun_s, ready, free)  # who comes when it has begun leaves it out
+        done_s = begun_s + exchange_s
+        ended[step - 1] = done_s
     return Run(ended)
 
 
 def _start(own_s: Seconds) -> tuple[Seconds, Seconds]:
     """Clocks [ranks] at the first step, and room for the times at which steps end."""
     return np.zeros(own_s.shape[1]), np.empty_like(own_s)
+
+
+def _latest(clock: Seconds, offsets: Sequence[int]) -> Seconds:
+    """Of each rank and those that send to it."""
+    latest: Seconds = np.max([clock, *(np.roll(clock, offset) for offset in offsets)], axis=0)
+    return latest
+
+
+def _heard(clock: Seconds, ended: Seconds, step: int, drift_steps: int | None) -> Seconds:
+    """Clocks at the end of a step, when what all ranks sent `drift_steps` before has been read."""
+    if drift_steps is None or step % drift_steps or step == drift_steps:
+        return clock
+    return np.maximum(clock, ended[step - drift_steps - 1].max())
 
 
 # --- the methods
@@ -230,7 +272,8 @@ class Options:
     delay_steps: int = 1
     copies: int = 2
     grace_s: float = 0.0
-    tensors: int = 1  # in which a model may be exchanged with neighbours
+    tensors: int = 1  # in which the paper's code exchanges a model with neighbours
+    drift_steps: int = DEFAULT_DRIFT_STEPS  # of methods without a period
 
 
 Method = Callable[[Work, Costs], Run]
@@ -238,29 +281,32 @@ Method = Callable[[Work, Costs], Run]
 
 def methods(ranks: int, options: Options) -> dict[str, Method]:
     """Of so many ranks, a power of two."""
-    period, copies = options.period, min(options.copies, ranks)
+    period, copies, drift_steps = options.period, min(options.copies, ranks), options.drift_steps
 
     def at_period(step: int) -> bool:
         return step % period == 0
 
-    def never(step: int) -> bool:
-        return False
-
     def eager(quorum: int) -> Method:
-        return lambda work, costs: background(_own(work, costs), world(ranks), never, costs, quorum=quorum)
+        return lambda work, costs: background(
+            _own(work, costs), world(ranks), at_period, costs, quorum=quorum
+        )
 
-    def gossip(offsets: Callable[[int], Sequence[int]], tensors: int = 1) -> Method:
-        return lambda work, costs: with_neighbours(_own(work, costs), offsets, costs.message_s, tensors)
+    def sgp(neighbours: int) -> Method:
+        return lambda work, costs: with_neighbours(
+            _own(work, costs), exponential(ranks, neighbours), costs.message_s, drift_steps=drift_steps
+        )
+
+    def in_papers_code(offsets: Offsets) -> Method:
+        return lambda work, costs: with_neighbours(
+            _own(work, costs), offsets, costs.message_s, tensors=options.tensors
+        )
 
     def local_sgd(period: int) -> Method:
         return lambda work, costs: averaging(_own(work, costs), period, costs.everyone_s)
 
-    by_tensor: dict[str, Method] = {}
-    if options.tensors > 1:
-        by_tensor = {
-            f"dpsgd{BY_TENSOR}": gossip(ring, options.tensors),
-            f"sgp, 2 neighbours{BY_TENSOR}": gossip(exponential(ranks, 2), options.tensors),
-        }
+    papers_sgp: dict[str, Method] = {}
+    if options.tensors > 1 and powers(ranks) >= 2:  # in one piece it is no other than the row without
+        papers_sgp[f"sgp, 2 neighbours{PAPERS_CODE}"] = in_papers_code(exponential(ranks, 2))
     return {
         "allreduce": local_sgd(1),
         "local_sgd, period 1": local_sgd(1),
@@ -269,12 +315,17 @@ def methods(ranks: int, options: Options) -> dict[str, Method]:
         "delayed_averaging": lambda work, costs: delayed_averaging(
             _own(work, costs), period, options.delay_steps, costs.everyone_s
         ),
-        "dpsgd": gossip(ring),
-        "sgp, 1 neighbour": gossip(exponential(ranks, 1)),
-        "sgp, 2 neighbours": gossip(exponential(ranks, 2)),
-        "sgp, 4 neighbours": gossip(exponential(ranks, 4)),
-        **by_tensor,
-        "adpsgd": lambda work, costs: alone(_own(work, costs)),
+        "dpsgd": lambda work, costs: sent_before(
+            _own(work, costs), ring(ranks), costs.message_s, drift_steps=drift_steps
+        ),
+        f"dpsgd{PAPERS_CODE}": in_papers_code(ring(ranks)),
+        **{
+            f"sgp, {number} neighbour{'s' if number > 1 else ''}": sgp(number)
+            for number in (1, 2, 4)
+            if number <= powers(ranks)  # more are refused
+        },
+        **papers_sgp,
+        "adpsgd": lambda work, costs: alone(_own(work, costs), drift_steps),
         "eager_sgd, solo": eager(1),
         "eager_sgd, majority": eager(-(-ranks // 2)),
         "wagma": lambda work, costs: background(
@@ -287,7 +338,7 @@ def methods(ranks: int, options: Options) -> dict[str, Method]:
         "a2sgd": lambda work, costs: averaging(_own(work, costs), 1, costs.scalars_s),
         "def": lambda work, costs: averaging(_own(work, costs), 1, costs.sparse_s),
         f"gradient_coding, {copies} copies": lambda work, costs: gradient_coding(
-            Work(work.compute_s, work.delay_s + costs.overhead_s), copies, costs.everyone_s
+            _own(Work(copies * work.compute_s, work.delay_s), costs), copies, period, costs.everyone_s
         ),
     }
 

@@ -28,6 +28,7 @@ from benchmarks.sync_model import (
     gradient_coding,
     methods,
     ring,
+    sent_before,
     with_neighbours,
     world,
 )
@@ -143,22 +144,44 @@ def averaging_by_events(own_s: Seconds, period: int, delay_steps: int, exchange_
     return by_events(own_s, actors)
 
 
-def neighbours_by_events(own_s: Seconds, sources: Callable[[int, int], set[int]], cost_s: float) -> Seconds:
+def neighbours_by_events(
+    own_s: Seconds,
+    sources: Callable[[int, int], set[int]],
+    cost_s: float,
+    before: bool = False,
+    drift_steps: int | None = None,
+) -> Seconds:
+    """`before`: messages leave before the rank's own work, not after it."""
     steps, ranks = own_s.shape
 
     def actors(timeline: Timeline, ended: Seconds) -> list[Actor]:
-        sent = {(step, rank): Happening() for step in range(1, steps + 1) for rank in range(ranks)}
+        everything = [(step, rank) for step in range(1, steps + 1) for rank in range(ranks)]
+        sent = {each: Happening() for each in everything}
+        received = {each: Happening() for each in everything}
+        interval = drift_steps or steps + 1
+        reports = {step: Meeting(timeline, ranks, 0.0) for step in range(interval, steps + 1, interval)}
 
         def main(rank: int) -> Actor:
             for step in range(1, steps + 1):
-                yield float(own_s[step - 1, rank])
+                if not before:
+                    yield float(own_s[step - 1, rank])
                 timeline.happens(sent[step, rank])
-                for source in sources(step, rank):
-                    yield sent[step, source]
-                yield cost_s
+                if before:
+                    yield float(own_s[step - 1, rank])
+                yield received[step, rank]
+                if step in reports:
+                    if step - interval in reports:
+                        yield reports[step - interval].over
+                    reports[step].come()
                 ended[step - 1, rank] = timeline.now
 
-        return [main(rank) for rank in range(ranks)]
+        def mail(step: int, rank: int) -> Actor:
+            for source in {rank, *sources(step, rank)}:
+                yield sent[step, source]
+            yield cost_s
+            timeline.happens(received[step, rank])
+
+        return [*(main(rank) for rank in range(ranks)), *(mail(*each) for each in everything)]
 
     return by_events(own_s, actors)
 
@@ -166,7 +189,7 @@ def neighbours_by_events(own_s: Seconds, sources: Callable[[int, int], set[int]]
 def background_by_events(
     own_s: Seconds,
     together: Callable[[int], list[tuple[int, ...]]],
-    period: int | None,
+    period: int,
     costs: Costs,
     quorum: int,
     grace_s: float,
@@ -177,7 +200,7 @@ def background_by_events(
     fresh: list[bool] = []
 
     def waits(step: int) -> bool:
-        return period is not None and step % period == 0
+        return step % period == 0
 
     def actors(timeline: Timeline, ended: Seconds) -> list[Actor]:
         keys = {step: Happening() for step in range(1, steps + 1)}
@@ -229,12 +252,13 @@ def background_by_events(
     return by_events(own_s, actors), float(np.mean(fresh))
 
 
-def coding_by_events(own_s: Seconds, copies: int, exchange_s: float) -> Seconds:
+def coding_by_events(own_s: Seconds, copies: int, period: int, exchange_s: float) -> Seconds:
     steps, ranks = own_s.shape
 
     def actors(timeline: Timeline, ended: Seconds) -> list[Actor]:
-        done = {step: Happening() for step in range(1, steps + 1)}
-        served: dict[int, set[int]] = {step: set() for step in done}  # clusters
+        begun = {step: Happening() for step in range(1, steps + 1)}
+        done = {step: Happening() for step in begun}
+        come: dict[int, set[int]] = {step: set() for step in done}  # ranks, or clusters of them
 
         def end(step: int) -> None:
             ended[step - 1] = timeline.now
@@ -242,12 +266,13 @@ def coding_by_events(own_s: Seconds, copies: int, exchange_s: float) -> Seconds:
 
         def main(rank: int) -> Actor:
             for step in range(1, steps + 1):
-                if done[step].at is not None:
-                    continue
-                yield float(own_s[step - 1, rank])
-                if rank // copies not in served[step]:
-                    served[step].add(rank // copies)
-                    if len(served[step]) == ranks // copies:
+                all_wait = step % period == 0
+                if begun[step].at is None:
+                    yield float(own_s[step - 1, rank])
+                    come[step].add(rank if all_wait else rank // copies)
+                    wanted = ranks if all_wait else ranks // copies
+                    if len(come[step]) == wanted and begun[step].at is None:
+                        timeline.happens(begun[step])
                         timeline.later(exchange_s, lambda step=step: end(step))
                 yield done[step]
 
@@ -280,10 +305,41 @@ def beside(step: int, rank: int) -> set[int]:
     return {(rank - 1) % 6, (rank + 1) % 6}
 
 
-def test_a_ring_is_that_of_events():
+DRIFTS = [None, 1, 3]
+
+
+@pytest.mark.parametrize("drift_steps", DRIFTS)
+@pytest.mark.parametrize("message_s", [0.01, 0.7])  # two of them are less and more than most steps
+def test_a_ring_is_that_of_events(message_s: float, drift_steps: int | None):
+    own_s = uneven(6)
+    expected = neighbours_by_events(own_s, beside, 2 * message_s, before=True, drift_steps=drift_steps)
+    found = sent_before(own_s, ring(6), message_s, drift_steps=drift_steps)
+    np.testing.assert_allclose(found.ended_s, expected, rtol=1e-12)
+
+
+def test_a_ring_after_the_gradient_is_that_of_events():
     own_s = uneven(6)
     expected = neighbours_by_events(own_s, beside, 0.2)
-    np.testing.assert_allclose(with_neighbours(own_s, ring, 0.1).ended_s, expected, rtol=1e-12)
+    np.testing.assert_allclose(with_neighbours(own_s, ring(6), 0.1).ended_s, expected, rtol=1e-12)
+
+
+def test_a_late_rank_holds_its_neighbours_up_a_step_later():
+    """Rank 0 is 2 s late in step 1: its model left before that, so ranks 1 and 7 miss it in step 2, those at
+    distance d in step d + 1."""
+    own_s = np.ones((6, 8))
+    own_s[0, 0] = 3.0
+    found = sent_before(own_s, ring(8), 0.0).ended_s
+    np.testing.assert_allclose(found[0], [3, 1, 1, 1, 1, 1, 1, 1])
+    np.testing.assert_allclose(found[1], [4, 3, 2, 2, 2, 2, 2, 3])
+    np.testing.assert_allclose(found[2], [5, 4, 3, 3, 3, 3, 3, 4])
+    assert ring(2)(1) == [1]  # of two ranks each has one neighbour
+
+
+@pytest.mark.parametrize("drift_steps", DRIFTS)
+def test_ranks_alone_are_those_of_events(drift_steps: int | None):
+    own_s = uneven(6)
+    expected = neighbours_by_events(own_s, lambda step, rank: set(), 0.0, drift_steps=drift_steps)
+    np.testing.assert_allclose(alone(own_s, drift_steps).ended_s, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("tensors", [2, 5])
@@ -293,11 +349,13 @@ def test_a_ring_tensor_by_tensor_is_one_of_many_exchanges(tensors: int):
     parts = np.zeros((tensors * len(own_s), 6))
     parts[::tensors] = own_s
     expected = neighbours_by_events(parts, beside, 0.2 / tensors)[tensors - 1 :: tensors]
-    np.testing.assert_allclose(with_neighbours(own_s, ring, 0.1, tensors).ended_s, expected, rtol=1e-12)
+    found = with_neighbours(own_s, ring(6), 0.1, tensors=tensors)
+    np.testing.assert_allclose(found.ended_s, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("drift_steps", DRIFTS)
 @pytest.mark.parametrize(("ranks", "neighbours"), [(4, 1), (8, 1), (8, 2)])
-def test_an_exponential_graph_is_that_of_events(ranks: int, neighbours: int):
+def test_an_exponential_graph_is_that_of_events(ranks: int, neighbours: int, drift_steps: int | None):
     own_s = uneven(ranks)
 
     def sources(step: int, rank: int) -> set[int]:
@@ -310,8 +368,8 @@ def test_an_exponential_graph_is_that_of_events(ranks: int, neighbours: int):
             if (sender + 2 ** ((step - 1 + further) % powers)) % ranks == rank
         }
 
-    expected = neighbours_by_events(own_s, sources, neighbours * 0.1)
-    found = with_neighbours(own_s, exponential(ranks, neighbours), 0.1)
+    expected = neighbours_by_events(own_s, sources, neighbours * 0.1, drift_steps=drift_steps)
+    found = with_neighbours(own_s, exponential(ranks, neighbours), 0.1, drift_steps=drift_steps)
     np.testing.assert_allclose(found.ended_s, expected, rtol=1e-12)
 
 
@@ -336,11 +394,12 @@ def test_wagma_is_that_of_events(ranks: int, size: int, period: int, grace_s: fl
 
 @pytest.mark.parametrize("quorum", [1, 3, 6])
 @pytest.mark.parametrize("exchange_s", [0.01, 1.5])
-def test_eager_is_that_of_events(quorum: int, exchange_s: float):
+@pytest.mark.parametrize("period", [4, 100])
+def test_eager_is_that_of_events(quorum: int, exchange_s: float, period: int):
     own_s = uneven(6)
     costs = Costs(exchange_s, 99.0, 0, 0, 0, activation_s=0.013)
-    expected, fresh = background_by_events(own_s, lambda step: [tuple(range(6))], None, costs, quorum, 0.0)
-    found = background(own_s, world(6), lambda step: False, costs, quorum=quorum)
+    expected, fresh = background_by_events(own_s, lambda step: [tuple(range(6))], period, costs, quorum, 0.0)
+    found = background(own_s, world(6), lambda step: step % period == 0, costs, quorum=quorum)
     np.testing.assert_allclose(found.ended_s, expected, rtol=1e-12)
     assert found.fresh == pytest.approx(fresh)
 
@@ -348,16 +407,25 @@ def test_eager_is_that_of_events(quorum: int, exchange_s: float):
 def test_a_majority_is_half_of_the_ranks():
     own_s = uneven(8)
     run = methods(8, Options(5, 2))["eager_sgd, majority"](Work(own_s, np.zeros_like(own_s)), COSTS)
-    expected, _ = background_by_events(own_s, lambda step: [tuple(range(8))], None, COSTS, 4, 0.0)
+    expected, _ = background_by_events(own_s, lambda step: [tuple(range(8))], 5, COSTS, 4, 0.0)
     np.testing.assert_allclose(run.ended_s, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("ranks", "copies"), [(4, 2), (6, 3), (6, 1)])
-def test_gradient_coding_is_that_of_events(ranks: int, copies: int):
-    compute_s, delay_s = np.ones((80, ranks)), uneven(ranks, 80) ** 2 - 1
-    expected = coding_by_events(copies * compute_s + delay_s, copies, 0.1)
-    found = gradient_coding(Work(compute_s, delay_s), copies, 0.1)
+@pytest.mark.parametrize("period", [1, 7, 100])
+@pytest.mark.parametrize("exchange_s", [0.1, 2.5])
+def test_gradient_coding_is_that_of_events(ranks: int, copies: int, period: int, exchange_s: float):
+    own_s = uneven(ranks, 80) ** 2
+    expected = coding_by_events(own_s, copies, period, exchange_s)
+    found = gradient_coding(own_s, copies, period, exchange_s)
     np.testing.assert_allclose(found.ended_s, expected, rtol=1e-12)
+
+
+def test_what_gradient_coding_computes_grows_with_the_copies_but_not_its_delays():
+    given = Work(np.ones((40, 4)), uneven(4, 40))
+    run = methods(4, Options(5, 2))["gradient_coding, 2 copies"](given, COSTS)
+    expected = coding_by_events(2 + given.delay_s, 2, 5, COSTS.everyone_s)
+    np.testing.assert_allclose(run.ended_s, expected, rtol=1e-12)
 
 
 # --- closed forms
@@ -379,13 +447,14 @@ def test_without_delays_every_step_takes_its_time_and_its_exchange():
             "local_sgd, period 10": 1.02,
             "adaptive_period, mean 4": 1.05,
             "delayed_averaging": 1.0,  # it takes less than a step
-            "dpsgd": 1.1,
+            "dpsgd": 1.0,  # so do its messages
+            "dpsgd, as in the paper's code": 1.1,
             "sgp, 1 neighbour": 1.05,
             "sgp, 2 neighbours": 1.1,
             "sgp, 4 neighbours": 1.2,
             "adpsgd": 1.0,
-            "eager_sgd, solo": 1.201,
-            "eager_sgd, majority": 1.201,
+            "eager_sgd, solo": (9 * 1.201 + 1.2) / 10,
+            "eager_sgd, majority": (9 * 1.201 + 1.2) / 10,
             "wagma": (9 * 1.101 + 1.2) / 10,
             "a2sgd": 1.01,
             "def": 1.04,
@@ -416,13 +485,14 @@ def test_allreduce_of_exponential_times_takes_their_expected_maximum():
 def test_gradient_coding_goes_on_with_the_first_of_a_cluster():
     """Two shards take 2 s. Rank 0 comes 5 s late in step 1 and joins the others in step 4, 1 s after they began:
     that is what step 5 lasts longer when rank 1 is late."""
-    delay_s = np.zeros((7, 4))
-    delay_s[0, 0] = delay_s[4, 1] = 5.0
-    found = gradient_coding(Work(np.ones((7, 4)), delay_s), 2, 0.0).ended_s
-    np.testing.assert_allclose(found[:, 0], [2, 4, 6, 8, 11, 13, 15])
-    given = Work(np.ones((50, 4)), uneven(4, 50))
+    own_s = np.full((7, 4), 2.0)
+    own_s[0, 0] = own_s[4, 1] = 7.0
+    np.testing.assert_allclose(gradient_coding(own_s, 2, 8, 0.0).ended_s[:, 0], [2, 4, 6, 8, 11, 13, 15])
+    # All wait for rank 0 in step 2, which it begins at 7 s, and for rank 1 in step 6, at 20 s.
+    np.testing.assert_allclose(gradient_coding(own_s, 2, 2, 0.0).ended_s[:, 0], [2, 9, 11, 13, 15, 22, 24])
+    own_s = uneven(4, 50)
     np.testing.assert_allclose(
-        gradient_coding(given, 1, 0.1).ended_s, averaging(given.own_s, 1, 0.1).ended_s
+        gradient_coding(own_s, 1, 10, 0.1).ended_s, averaging(own_s, 1, 0.1).ended_s
     )  # nobody to stand in for anybody
 
 
@@ -451,6 +521,20 @@ def test_nobody_is_faster_than_alone_and_a_longer_period_is_not_slower():
             assert (run.ended_s >= alone(own_s).ended_s - 1e-9).all(), name
     times = [averaging(own_s, period, 0.2).ended_s[-1].max() for period in (1, 2, 4, 8, 16)]
     assert times == sorted(times, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["adpsgd", "dpsgd", "sgp, 1 neighbour"])
+def test_nobody_runs_ahead_further_than_the_trainer_lets_it(method: str):
+    own_s = np.ones((200, 64))
+    own_s[:, 0] = 50.0
+    ended_s = methods(64, Options(10, 8, drift_steps=5))[method](Work(own_s, 0 * own_s), COSTS).ended_s
+    assert (ended_s[10:].min(axis=1) >= ended_s[:-10].max(axis=1)).all()
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(2, 1), (4, 2), (8, 2), (16, 4)])
+def test_leaves_out_more_neighbours_than_sgp_takes(ranks: int, most: int):
+    found = [name for name in methods(ranks, Options(10, 2, tensors=3)) if name.startswith("sgp")]
+    assert max(int(name.split()[1]) for name in found) == most
 
 
 # --- what goes in
@@ -551,6 +635,7 @@ def test_refuses_more_late_ranks_than_there_are():
         (["--delay-ms", "-1"], "at least 0"),
         (["--overhead-ms", "wagna=3"], "wagna: no such method"),
         (["--trace", "/nowhere"], "No such file"),
+        (["--sigma", "0.5"], "give --delay-ms"),
     ],
 )
 def test_refuses_arguments_that_make_no_sense(words: list[str], says: str, capsys):
@@ -577,14 +662,14 @@ def test_validation_finds_the_costs_and_no_error_where_the_model_is_right():
         for delays in simulate_sync.DELAYS
     }
     rows = simulate_sync.compare(runs)
-    assert len(rows) == 2 * 3 * 2
+    assert len(rows) == 2 * len(simulate_sync.VALIDATED) * 2
     for row in rows:
         assert row["exchange_s"] == pytest.approx(
             0.009 if row["method"] == simulate_sync.AVERAGING else 0.007
         )
         assert row["error"] == pytest.approx(0, abs=1e-6)
     found = simulate_sync.summary(rows)
-    assert len(found["wagma_over"]) == 2 * 2 * 2
+    assert len(found["wagma_over"]) == 2 * (len(simulate_sync.VALIDATED) - 1) * 2
     assert found["times"]["largest_error"] < 1e-6 and found["ratios"]["largest_error"] < 1e-6
     assert simulate_sync.of_summary(found).endswith("errors of ratios: median 0.0%, largest 0.0%")
 
