@@ -1,7 +1,8 @@
 """The study of docs/study/sync: how replicas agree, at equal tokens, with and without late ranks.
 
     python -m pipeline -m experiment=wagma2021_small
-    python -m benchmarks.sync_study docs/study/sync      # tables.md and figures from its records
+    python -m pipeline -m experiment=wagma2021_small_by_rank
+    python -m benchmarks.sync_study docs/study/sync      # tables.md and figures from their records
 
 Numbers are means over seeds with 95 % intervals; ratios and differences are to allreduce with the same seed.
 Tokens/s is over the whole run, until the last rank has done its last step. The consensus distance
@@ -77,18 +78,16 @@ def result_of(rows: Sequence[Row]) -> Result:
     )
 
 
-def results_of(sweep: str) -> dict[Setting, dict[str, dict[str, Result]]]:
+def results_of(sweeps: Sequence[str]) -> dict[Setting, dict[str, dict[str, Result]]]:
     """By setting, method and seed; of finished runs."""
     found: dict[Setting, dict[str, dict[str, Result]]] = defaultdict(lambda: defaultdict(dict))
-    for run in load_sweep(sweep).runs:
+    for run in (run for sweep in sweeps for run in load_sweep(sweep).runs):
         if run.state == "DONE" and run.config and run.id:
             config = run.config
             setting = (config.parallel.replicate, config.imbalance.kind, config.data.distribution)
             method = method_of(run, config)
             if run.seed in found[setting][method]:
-                raise ConfigError(
-                    f"{sweep}: two runs of {method}, seed {run.seed}, {setting} cannot be told apart"
-                )
+                raise ConfigError(f"two runs of {method}, seed {run.seed}, {setting} cannot be told apart")
             found[setting][method][run.seed] = result_of(RunDirectory.find(run.id).rows())
     return found
 
@@ -163,9 +162,9 @@ def draw_loss(results: dict[Setting, dict[str, dict[str, Result]]], path: Path) 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("docs/study/sync"))
-    parser.add_argument("--sweep", default="wagma2021_small")
+    parser.add_argument("--sweeps", nargs="+", default=["wagma2021_small", "wagma2021_small_by_rank"])
     options = parser.parse_args(arguments)
-    results = results_of(options.sweep)
+    results = results_of(options.sweeps)
     options.directory.mkdir(parents=True, exist_ok=True)
     parts = []
     for setting in sorted(results):

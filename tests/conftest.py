@@ -25,6 +25,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh CRESCENDO_HOME, without wandb unless a test asks for it."""
     monkeypatch.setenv("CRESCENDO_HOME", str(tmp_path))
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    # By this wandb makes processes share a service: runs are to start their own, whatever this process did.
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     return tmp_path
 
 

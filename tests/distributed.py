@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +39,15 @@ def gloo_ranks(
             start_method="forkserver",
         )
         deadline = time.monotonic() + timeout_s
-        while not context.join(timeout=0.2):
-            if time.monotonic() > deadline:
-                for process in context.processes:
-                    process.kill()
-                raise TimeoutError(f"{function.__name__} did not end within {timeout_s:.0f} s")
+        try:
+            while not context.join(timeout=0.2):
+                if time.monotonic() > deadline:
+                    for process in context.processes:
+                        process.kill()
+                    raise TimeoutError(f"{function.__name__} did not end within {timeout_s:.0f} s")
+        finally:
+            for output in sorted(Path(directory).glob("output-*")):
+                print(output.read_text(), end="")
         files = [f"{directory}/result-{rank}" for rank in range(world_size)]
         return [torch.load(file, weights_only=False, map_location="cpu") for file in files]
 
@@ -55,6 +60,10 @@ def _rank(
     arguments: Any,
     environment: dict[str, str],
 ) -> None:
+    # The output of the process that ranks are forked from is not that of the test.
+    output = os.open(f"{directory}/output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.environ.clear()  # that of the test, not of its first predecessor
     os.environ.update(environment)
     torch.set_num_threads(1)

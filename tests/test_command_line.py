@@ -187,10 +187,13 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
     needs = {
         ("data", "text"): ["data.files=[x.txt]"],
         ("batch", "coordinate_norm_test"): ["parallel=ddp"],
+        ("imbalance", "delay"): ["parallel=ddp"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
         ("batch", "critical"): ["batch.measured_tokens=[1M]", "batch.measured_sizes=[70]"],
     }
     overrides = needs.get((group, option), [])
+    if group == "sync":
+        overrides = ["parallel=ddp", *(["optim=sgd"] if option == "def" else [])]
     check(typed(OmegaConf.create(compose_tree(f"{group}={option}", *overrides))))
 
 

@@ -34,7 +34,8 @@ def test_six_points_of_two_shapes(cluster: Cluster, sweep: Sweep) -> None:
     assert "submitted" not in again and len(sweep.jobs) == 3
     sweep.wait(cluster)
     assert states(sweep.runs) == [("DONE", 1)] * 6
-    assert set(cluster.history().values()) == {"COMPLETED"}
+    jobs = [id_ for batch in (one, two) for id_ in batch["ids"]]
+    assert {cluster.history()[job] for job in (*jobs, sweep.report_job())} == {"COMPLETED"}
     # The same numbers, whatever the shape; the data of a seed is that seed's.
     losses = {(run.config().seed, run.config().parallel.strategy): final_loss(run) for run in sweep.runs}
     for seed in range(3):

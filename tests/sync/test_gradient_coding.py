@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def test_goes_on_in_the_middle_of_a_period():
 
 def test_a_rank_that_gives_up_ends_the_others():
     ended = gloo_ranks(4, _giving_up, 3)
-    assert all(message.startswith("the exchange of step") for message in ended[:3])
+    assert ended[3] == "left" and "went on" not in ended
 
 
 def _giving_up(rank: int, who: int) -> str:
@@ -105,6 +106,7 @@ def _giving_up(rank: int, who: int) -> str:
             if rank == who and step == 5:
                 return "left"
             method.decided(step)
+            time.sleep(0.1)  # else the others have done all steps before it has gone
             method.before_step(step, 0.1)
     except RuntimeError as error:
         return str(error)
