@@ -1,7 +1,7 @@
 """The study of docs/study/sync: how replicas agree, at equal tokens, with and without late ranks.
 
     python -m pipeline -m experiment=wagma2021_small
-    python -m pipeline -m experiment=wagma2021_small_by_rank
+    python -m pipeline -m experiment=wagma2021_small_details
     python -m benchmarks.sync_study docs/study/sync      # tables.md and figures from their records
 
 Numbers are means over seeds with 95 % intervals; ratios and differences are to allreduce with the same seed.
@@ -162,7 +162,7 @@ def draw_loss(results: dict[Setting, dict[str, dict[str, Result]]], path: Path) 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("docs/study/sync"))
-    parser.add_argument("--sweeps", nargs="+", default=["wagma2021_small", "wagma2021_small_by_rank"])
+    parser.add_argument("--sweeps", nargs="+", default=["wagma2021_small", "wagma2021_small_details"])
     options = parser.parse_args(arguments)
     results = results_of(options.sweeps)
     options.directory.mkdir(parents=True, exist_ok=True)
