@@ -142,16 +142,19 @@ def test_a_dead_task_does_not_hold_a_packed_job(cluster: Cluster, sweep: Sweep) 
     sweep.submit(LONG, "seed=0,1", "launch.pack=2")
     for run in sweep.runs:
         under_way(cluster, run)
-    tasks = [p for p in Path("/proc").glob("[0-9]*") if _is_task(p, "1")]
+    tasks = [p for p in Path("/proc").glob("[0-9]*") if _is_task(p, "1", sweep.home)]
     assert len(tasks) == 1
     os.kill(int(tasks[0].name), 9)
     sweep.wait(cluster, 90)
     assert sorted(sweep.states()) == ["done", "lost"]
 
 
-def _is_task(process: Path, number: str) -> bool:
+def _is_task(process: Path, number: str, home: Path) -> bool:
+    """Of the jobs of this home: another test's cluster may be on the same machine."""
     try:
         submitit = b"submitit.core._submit" in (process / "cmdline").read_bytes()
-        return submitit and f"SLURM_PROCID={number}\0".encode() in (process / "environ").read_bytes()
+        variables = (process / "environ").read_bytes().split(b"\0")
+        wanted = {f"SLURM_PROCID={number}".encode(), f"CRESCENDO_HOME={home}".encode()}
+        return submitit and wanted <= set(variables)
     except OSError:
         return False

@@ -103,6 +103,7 @@ def test_refuses_a_batch_test_where_nobody_waits():
         config(
             *("parallel=ddp", "parallel.replicate=4", "sync=eager_sgd", "sync.period=10"),
             *("batch=norm_test", "batch.max_size=64", "batch.estimator=worker", "batch.interval=7"),
+            "batch.size=16",
         )
 
 
