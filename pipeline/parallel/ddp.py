@@ -4,6 +4,7 @@ the ranks are replicas that agree in another way (pipeline.sync)."""
 from __future__ import annotations
 
 import contextlib
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 from pipeline.parallel import _strategy
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 class Strategy(_strategy.Strategy):
     axes = ("replicate",)
 
+    @cached_property
+    def _replicas(self) -> bool:
+        return method_class(self.config.sync.method).replicas
+
     @staticmethod
     def shows_workers(parallel: ParallelConfig) -> bool:
         return parallel.replicate > 1
@@ -27,7 +32,7 @@ class Strategy(_strategy.Strategy):
     def apply(self, model: Llama) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
-        if method_class(self.config.sync.method).replicas:
+        if self._replicas:
             return super().apply(model)
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
         return DistributedDataParallel(super().apply(model), device_ids=devices, gradient_as_bucket_view=True)
@@ -35,6 +40,6 @@ class Strategy(_strategy.Strategy):
     def micro_batch(
         self, model: nn.Module, *, last: bool, whole: bool
     ) -> contextlib.AbstractContextManager[object]:
-        if last or method_class(self.config.sync.method).replicas:
+        if last or self._replicas:
             return contextlib.nullcontext()
         return cast("DistributedDataParallel", model).no_sync()

@@ -114,7 +114,8 @@ class Background:
 
     `start`: what the buffer [n] holds before the first step. `adds`: a contribution is added to what was not
     sent yet, and the buffer is empty after an exchange; otherwise it replaces it, and the buffer keeps it.
-    `group_of(step)`: this rank's; `waits(step)`: whether the main threads are waited for. `grace_s`: how long
+    `waits(step)`: whether the main threads are waited for; then, and without a `group_of(step)`, which names
+    this rank's group, all ranks exchange. `grace_s`: how long
     an exchange waits for the own main thread when that is only one step behind. `cluster_size`: so many
     consecutive ranks compute the same, one of them contributes; None: every rank does.
     """
@@ -123,15 +124,16 @@ class Background:
         self,
         ranks: Ranks,
         start: torch.Tensor,
-        group_of: Callable[[int], dist.ProcessGroup],
         waits: Callable[[int], bool],
         *,
+        group_of: Callable[[int], dist.ProcessGroup] | None = None,
         adds: bool = False,
         quorum: int = 1,
         grace_s: float = 0.0,
         cluster_size: int | None = None,
     ) -> None:
         self._ranks, self._group_of, self._waits = ranks, group_of, waits
+        self._everyone = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
         self._adds, self._grace_s = adds, grace_s
         self.buffer = start
         self._activation = Activation(ranks, quorum, cluster_size or ranks.world_size)
@@ -248,7 +250,7 @@ class Background:
                 self.buffer.zero_()
             if total.is_cuda:
                 torch.cuda.current_stream().synchronize()
-        group = self._group_of(step)
+        group = self._everyone if waits or self._group_of is None else self._group_of(step)
         dist.all_reduce(total, group=group)
         if total.is_cuda:
             torch.cuda.current_stream().synchronize()

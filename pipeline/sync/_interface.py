@@ -108,9 +108,13 @@ class Exchanging(Method):
     all ranks wait for each other."""
 
     background: Background
+    staleness = 0  # steps that this rank's contribution to the last exchange was old
 
     def start(self, step: int) -> None:
         self.background.start(step)
+
+    def lateness(self) -> Mapping[str, float]:
+        return {"fresh": float(self.staleness == 0), "staleness_max": float(self.staleness)}
 
     def ends_period(self, step: int) -> bool:
         return step % self.config.period == 0

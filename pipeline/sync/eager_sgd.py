@@ -40,33 +40,26 @@ class Method(_interface.Exchanging):
         return _interface.check_period(config)
 
     def __init__(self, config: Config, ranks: Ranks, replica: Replica) -> None:
-        import torch.distributed as dist
-
-        from pipeline.parallel._ranks import COLLECTIVE_TIMEOUT
         from pipeline.sync._background import Background
 
         super().__init__(config, ranks, replica)
-        everyone = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
         self.background = Background(
             ranks,
             replica.weights().zero_(),
-            lambda step: everyone,
             self.ends_period,
             adds=True,
             quorum=quorum(config),
         )
-        self._observed: dict[str, float] = {}
 
     def before_step(self, step: int, rate: float) -> None:
         self.background.contribute(step, self.replica.gradient())
         done = self.background.result(step)
         self.replica.set_gradient(done.total.div_(done.members))
         # Of the steps of this rank that are not in a sum yet, the oldest will be this much late.
-        staleness = step - done.contributed
-        self._observed = {"fresh": float(staleness == 0), "staleness_max": float(staleness)}
+        self.staleness = step - done.contributed
 
     def observed(self) -> Mapping[str, float]:
-        return self._observed
+        return self.lateness()
 
     def state(self) -> Mapping[str, torch.Tensor]:
         # A copy: a rank that goes on empties its buffer while others still save.

@@ -48,17 +48,12 @@ class Method(_interface.Exchanging):
         ]
 
     def __init__(self, config: Config, ranks: Ranks, replica: Replica) -> None:
-        import torch.distributed as dist
-
-        from pipeline.parallel._ranks import COLLECTIVE_TIMEOUT
         from pipeline.sync._background import Background
 
         super().__init__(config, ranks, replica)
-        everyone = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
         self.background = Background(
             ranks,
             replica.weights().zero_(),
-            lambda step: everyone,
             self.ends_period,
             cluster_size=self.config.redundancy,
         )

@@ -54,9 +54,12 @@ class Method(_interface.Exchanging):
         self.size = group_size(config)
         self._groups = self._butterfly()
         self.background = Background(
-            ranks, replica.weights(), self._group_of, self.ends_period, grace_s=self.config.grace_ms / 1000
+            ranks,
+            replica.weights(),
+            self.ends_period,
+            group_of=self._group_of,
+            grace_s=self.config.grace_ms / 1000,
         )
-        self._observed: dict[str, float] = {}
 
     def after_step(self, step: int) -> None:
         own = self.replica.weights()
@@ -67,11 +70,10 @@ class Method(_interface.Exchanging):
             total.add_(own)
             members += 1
         self.replica.set_weights(total.div_(members))
-        staleness = step - done.contributed
-        self._observed = {"fresh": float(staleness == 0), "staleness_max": float(staleness)}
+        self.staleness = step - done.contributed
 
     def observed(self) -> Mapping[str, float]:
-        return self._observed
+        return self.lateness()
 
     def state(self) -> Mapping[str, torch.Tensor]:
         return {"sent": self.background.buffer}
@@ -94,11 +96,10 @@ class Method(_interface.Exchanging):
                     created[members] = dist.new_group(list(members), timeout=COLLECTIVE_TIMEOUT)
                 if self.ranks.rank in members:
                     mine.append(created[members])
-        self._everyone = dist.new_group(timeout=COLLECTIVE_TIMEOUT)
         return mine
 
     def _group_of(self, step: int) -> dist.ProcessGroup:
-        return self._everyone if self.ends_period(step) else self._groups[(step - 1) % len(self._groups)]
+        return self._groups[(step - 1) % len(self._groups)]
 
 
 def grouping(t: int, ranks: int, size: int) -> list[tuple[int, ...]]:
