@@ -155,7 +155,8 @@ def test_what_is_evaluated_in_the_middle_of_a_period_is_the_mean_of_the_replicas
 def test_a_replica_that_fails_where_all_meet_ends_all_at_once(sync: str, home: Path, small_corpus: list[str]):
     """In the last step, after which nobody would come to a meeting."""
     composed = config(*TINY, *small_corpus, f"sync={sync}")
-    with pytest.raises(Exception, match=r"step 40: training loss nan|closed by peer"):
+    # The first to end is rank 2 itself or one whose connection to it closes (or is reset) in its hands.
+    with pytest.raises(Exception, match=r"step 40: training loss nan|(closed|reset) by peer"):
         gloo_ranks(4, rank_2_fails, composed, str(RunDirectory.of(composed).path), timeout_s=60)
 
 
