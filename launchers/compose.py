@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pipeline.config import Config, ConfigError, hints_of
+from pipeline.config import Config, ConfigError, forms_of, hints_of
 
 # Settings that are no group; all others of them have a dot in their name, which no group has.
-_TOP_LEVEL = {name for name, hint in hints_of(Config).items() if not is_dataclass(hint)}
+_TOP_LEVEL = {name for name, hint in hints_of(Config).items() if not forms_of(hint)}
 
 
 @dataclass(frozen=True)

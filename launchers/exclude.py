@@ -13,10 +13,10 @@ import re
 import shlex
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pipeline.config import Config, ConfigError, did_you_mean, hints_of, parse_tokens
+from pipeline.config import Config, ConfigError, did_you_mean, forms_of, hints_of, parse_tokens
 from pipeline.overrides import no_such_option, options_of
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -89,7 +89,8 @@ def _holds(comparison: Comparison, config: Config, choices: Mapping[str, str | N
             + did_you_mean(name, [*(group for group in choices if "/" not in group), *kinds]),
         )
     right = _right_side(comparison, kinds[name])
-    left = functools.reduce(getattr, name.split("."), config)
+    # None: a setting that another kind of model has.
+    left = functools.reduce(lambda group, key: getattr(group, key, None), name.split("."), config)
     if left is None and comparison.operator in _ORDER:  # what is not set has no place in an order
         return False
     return compare(left, right)
@@ -114,8 +115,9 @@ def comparable(kind: type = Config, prefix: str = "") -> dict[str, Any]:
     }
     kinds: dict[str, Any] = {}
     for name, hint in (hints_of(kind) | derived).items():
-        if is_dataclass(hint):
-            kinds |= comparable(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if forms := forms_of(hint):
+            for form in forms:
+                kinds |= comparable(form, f"{prefix}{name}.")
         elif (plain := _plain(hint)) is not dict:
             kinds[f"{prefix}{name}"] = plain
     return kinds

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import pipeline.batch as batch_schedules
+import pipeline.samples as labelled_samples
 import pipeline.optim as optimizers
 import pipeline.parallel as strategies
 import pipeline.sync as sync_methods
@@ -34,6 +35,8 @@ Rest = "-1: the rest"
 Factor = Annotated[float, AboveOne]
 MeshSize = Annotated[int, Positive, Rest]
 
+_NUMBER_OF_WIDTHS = {"cnn": 2, "resnet18": 4}
+TEXT_SOURCES = ("stdlib", "text")
 BYTE_VOCABULARY = 257  # 256 bytes and the end-of-document token
 
 
@@ -58,7 +61,10 @@ class BranchConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class LlamaConfig:
+    """A language model."""
+
+    kind: Literal["llama"]
     name: str
     layers: PositiveInt
     width: PositiveInt
@@ -83,11 +89,28 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ClassifierConfig:
+    """A model of labelled samples; their shape and the number of classes are those of the data."""
+
+    kind: Literal["logistic", "mlp", "cnn", "resnet18"]
+    name: str
+    loss: Literal["cross_entropy", "binary", "auc"]
+    l2: float
+    widths: list[int]
+
+
+ModelConfig = LlamaConfig | ClassifierConfig
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    source: Literal["stdlib", "text"]
+    source: str
     files: list[str]
     field: str
     tokenizer: str
+    samples: PositiveInt
+    features: PositiveInt | None
+    standardise: bool
     sequence_length: PositiveInt
     micro_batch: PositiveInt
     distribution: Literal["shared", "by_rank"]
@@ -410,14 +433,19 @@ def hints_of(kind: type) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
+def forms_of(hint: Any) -> tuple[type, ...]:
+    """The dataclasses that a group of settings may be, told apart by their `kind`; none for a plain value."""
+    return tuple(form for form in (get_args(hint) or (hint,)) if is_dataclass(form))
+
+
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the schema, groups included."""
-    keys = []
+    keys: dict[str, None] = {}
     for name, hint in hints_of(kind).items():
-        keys.append(prefix + name)
-        if is_dataclass(hint):
-            keys += known_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
-    return keys
+        keys[prefix + name] = None
+        for form in forms_of(hint):
+            keys |= dict.fromkeys(known_keys(form, f"{prefix}{name}."))
+    return list(keys)
 
 
 def nearest(word: str, candidates: Sequence[str]) -> str | None:
@@ -454,14 +482,21 @@ def _convert(kind: type[T], tree: Any, path: str, problems: list[str]) -> T:
         key = f"{prefix}{name}"
         if name not in tree:
             problems.append(f"{key}: missing")
-        elif is_dataclass(hint):
-            values[name] = _convert(hint, tree[name], key, problems)  # type: ignore[arg-type]
+        elif forms := forms_of(hint):
+            values[name] = _convert(_form(forms, tree[name]), tree[name], key, problems)
         else:
             try:
                 values[name] = _value(hint, tree[name])
             except ValueError as error:
                 problems.append(f"{key}={_show(tree[name])}: {error}")
     return kind(**{name: values.get(name) for name in hints})
+
+
+def _form(forms: Sequence[type], tree: Any) -> type:
+    """The one of these dataclasses that a tree of this `kind` is; the first where no other claims it."""
+    kind = tree.get("kind") if isinstance(tree, Mapping) else None
+    claiming = (form for form in forms if kind in get_args(hints_of(form).get("kind")))
+    return next(claiming, forms[0])
 
 
 def _value(hint: Any, value: Any) -> Any:
@@ -596,10 +631,12 @@ def check(config: Config) -> None:
 
 def check_mesh(config: Config) -> list[str]:
     """Problems of the model on the mesh, and of the mesh on the machine."""
-    return [
-        *_check_model(config.model, config.parallel, config.data),
-        *_check_parallel(config.parallel, config.launch),
-    ]
+    model, parallel = config.model, config.parallel
+    if isinstance(model, LlamaConfig):
+        problems = _check_llama(model, parallel, config.data)
+    else:
+        problems = _check_classifier(model, parallel)
+    return [*problems, *_check_parallel(parallel, config.launch)]
 
 
 def nearest_multiples(value: int, divisor: int) -> str:
@@ -617,7 +654,7 @@ def _divides(divisor_key: str, divisor: int, key: str, value: int) -> list[str]:
     ]
 
 
-def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig) -> list[str]:
+def _check_llama(model: LlamaConfig, parallel: ParallelConfig, data: DataConfig) -> list[str]:
     # Rotary embeddings turn pairs, so the width of a head is even.
     problems = [
         *_divides("2 × model.heads", 2 * model.heads, "model.width", model.width),
@@ -639,6 +676,26 @@ def _check_model(model: ModelConfig, parallel: ParallelConfig, data: DataConfig)
         problems.append(
             f"model.vocab={model.vocab}: byte tokens need {BYTE_VOCABULARY} (256 bytes and the end of a "
             f"document). Nearest multiple of 16: 272"
+        )
+    return problems
+
+
+def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list[str]:
+    problems = []
+    if model.l2 < 0:
+        problems.append(f"model.l2={model.l2}: must not be negative")
+    if any(width <= 0 for width in model.widths):
+        problems.append(f"model.widths={model.widths}: each must be above 0")
+    if model.kind == "logistic" and model.widths:
+        problems.append(f"model.widths={model.widths}: model=logistic has no hidden layers; it must be []")
+    if model.kind in _NUMBER_OF_WIDTHS and len(model.widths) != _NUMBER_OF_WIDTHS[model.kind]:
+        problems.append(
+            f"model.widths={model.widths}: model={model.kind} needs {_NUMBER_OF_WIDTHS[model.kind]} of them"
+        )
+    if parallel.tensor > 1:
+        problems.append(
+            f"parallel.tensor={parallel.tensor}: only a language model is split by matrix products. "
+            f"Use parallel=ddp or parallel=fsdp with model={model.kind}"
         )
     return problems
 
@@ -683,6 +740,22 @@ def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]
 
 def _check_data(config: Config) -> list[str]:
     data, problems = config.data, []
+    labelled = labelled_samples.names()
+    if unknown := _one_of("data.source", data.source, [*TEXT_SOURCES, *labelled]):
+        return unknown
+    if isinstance(config.model, LlamaConfig) != (data.source in TEXT_SOURCES):
+        fitting = "data=stdlib or data=text" if isinstance(config.model, LlamaConfig) else f"data={'|'.join(labelled)}"
+        problems.append(
+            f"model={config.model.name} data={data.source}: a language model learns from text, the others "
+            f"from labelled samples. Use {fitting} with this model"
+        )
+    elif data.source in labelled:
+        if data.sequence_length != 1:
+            problems.append(
+                f"data.sequence_length={data.sequence_length}: a labelled sample counts as a sequence of one "
+                f"token. Nearest: 1"
+            )
+        problems += labelled_samples.check(data)
     if data.source == "text" and not data.files:
         problems.append("data.files=[]: data=text needs at least one file or glob")
     if not 0 < data.validation_fraction < 1:
@@ -774,7 +847,12 @@ def check_imbalance(config: Config) -> list[str]:
     ]
     if imbalance.min_share > 1:
         problems.append(f"imbalance.min_share={imbalance.min_share}: must be at most 1")
-    if imbalance.kind == "variable_length" and config.parallel.tensor > 1:
+    if imbalance.kind == "variable_length" and config.data.sequence_length == 1:
+        problems.append(
+            "imbalance=variable_length: a sequence of data.sequence_length=1 token has one length. Use "
+            "imbalance=delay or imbalance=lognormal"
+        )
+    elif imbalance.kind == "variable_length" and config.parallel.tensor > 1:
         problems.append(
             f"imbalance=variable_length: parallel.tensor={config.parallel.tensor} ranks share each sequence. "
             f"Use parallel.tensor=1"

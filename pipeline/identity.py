@@ -9,8 +9,9 @@ import os
 from typing import Any
 
 import pipeline.batch as batch_schedules
+import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
-from pipeline.config import Config, check, to_tree
+from pipeline.config import TEXT_SOURCES, Config, LlamaConfig, check, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
 
@@ -42,10 +43,19 @@ def identity_fields(config: Config) -> dict[str, Any]:
     tree["sync"] = {key: value for key, value in tree["sync"].items() if key in read}
     if config.data.distribution == "shared":
         del tree["data"]["distribution"]
+    if isinstance(config.model, LlamaConfig):
+        del tree["model"]["kind"]  # which the first runs had no name for
+    unread = {"field", "samples", "features", "standardise"} - settings_read(config.data.source)
+    tree["data"] = {key: value for key, value in tree["data"].items() if key not in unread}
     tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
     if not config.imbalance.read:
         del tree["imbalance"]
     return tree
+
+
+def settings_read(source: str) -> frozenset[str]:
+    """Of the settings of the data group that not all sources read, those that this one does."""
+    return frozenset(["field"]) if source in TEXT_SOURCES else labelled_samples.settings(source) | {"standardise"}
 
 
 def run_id(config: Config) -> str:

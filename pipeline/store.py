@@ -80,7 +80,8 @@ def _later_settings() -> dict[str, dict[str, Any]]:
     conf = Path(__file__).resolve().parents[1] / "conf"
     defaults = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
     return {
-        "data": {"distribution": defaults["data"]["distribution"]},
+        "model": {"kind": "llama"},
+        "data": {key: defaults["data"][key] for key in ("distribution", "samples", "features", "standardise")},
         "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
         "imbalance": {**defaults["imbalance"], "kind": "none"},
     }

@@ -7,10 +7,9 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from pipeline import optim
@@ -18,18 +17,18 @@ from pipeline.batch import schedule_class
 from pipeline.batch._interface import Decision, StepDone
 from pipeline.checkpoint import Checkpointer, Progress
 from pipeline.config import Config, ConfigError, to_tree
-from pipeline.data import Prefetcher, Stream, prepare
+from pipeline.data import Prefetcher
 from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.imbalance import Imbalance
-from pipeline.model.llama import Llama, loss_sum
 from pipeline.optim._batch_scaling import BatchScaling
 from pipeline.optim._learning_rate import learning_rate
 from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
-from pipeline.store import MetricsWriter, Row, RunDirectory, home, report
+from pipeline.problem import problem_of
+from pipeline.store import MetricsWriter, Row, RunDirectory, report
 from pipeline.sync import method_class
 from pipeline.sync._agreement import Agreement, Report, Sketch, row_of
 from pipeline.sync._replica import Replica
@@ -89,23 +88,11 @@ class Trainer:
         self.device = ranks.device
         self.micro, self.length = config.data.micro_batch, config.data.sequence_length
 
-        corpus = prepare(config.data, home() / "corpora", report=report)
-        if corpus.vocab_size > config.model.vocab:
-            raise ConfigError(
-                f"model.vocab={config.model.vocab}: the tokenizer has {corpus.vocab_size} tokens. "
-                f"Nearest model.vocab: {-(-corpus.vocab_size // 16) * 16}"
-            )
-        tokens = corpus.train
-        if config.data.distribution == "by_rank":
-            tokens = np.array_split(tokens, ranks.data_ranks)[ranks.data_rank]
-        self.data = Prefetcher(Stream(tokens, self.length, config.data.seed))
-        # A fixed order, so that every run is evaluated on the same held-out sequences.
-        self.held_out = Stream(corpus.validation, self.length, seed=0)
+        self.problem = problem_of(config, ranks)
+        self.data = Prefetcher(self.problem.train)
 
         self.strategy = strategy_class(config.parallel.strategy)(config, ranks)
-        with torch.device("meta"):
-            model = Llama(config.model)
-        self.model: nn.Module = self.strategy.apply(model)
+        self.model: nn.Module = self.strategy.apply(self.problem.model())
         self.optimizer = optim.build(self.model, config.optim)
         self.parameters = list(self.model.parameters())
         self.replica = Replica(self.model, ranks)
@@ -246,14 +233,15 @@ class Trainer:
         for index, (start, count) in enumerate(units):
             unit = (start - first) // self.micro
             length = self.imbalance.length(self.progress.step + 1, self.length, unit % self.ranks.data_ranks)
-            sequences = self.data.take(self._place(start), max(count, 1))
-            inputs, targets = self._on_device(sequences[:, : length + 1])
+            inputs, targets = self._tensors(self.data.take(self._place(start), max(count, 1)))
+            if length < self.length:
+                inputs, targets = inputs[:, :length], targets[:, :length]
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
             self.data.request(self._place(following[0]), following[1])
             last = index + 1 == len(units)
             scale = self.ranks.loss_scale(count, of=size)
             with self.strategy.micro_batch(self.model, last=last, whole=whole), self.strategy.loss():
-                unit_loss = self._loss(inputs, targets) / inputs.numel()
+                unit_loss = self._loss(inputs, targets) / targets.numel()
                 with capture.unit(unit) if capture else contextlib.nullcontext():
                     (unit_loss * scale).backward()
             loss += unit_loss.detach() * (count / size)
@@ -365,15 +353,13 @@ class Trainer:
         """This rank's first micro-batch of a step that starts at `first`, whatever its batch will be."""
         return first + self.sync.shares[0] * self.micro, self.micro
 
-    def _on_device(self, sequences: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, each [B, T], of sequences [B, T + 1]."""
-        tokens = torch.from_numpy(sequences).to(self.device, non_blocking=True)
-        return tokens[:, :-1], tokens[:, 1:]
+    def _tensors(self, read: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.problem.tensors(read, self.device)
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Summed over tokens."""
+        """Summed over targets."""
         with self.strategy.autocast():
-            return loss_sum(self.model(inputs), targets)
+            return self.problem.loss(self.model, inputs, targets)
 
     def _update(self, norm: float, rate: float) -> None:
         clip = self.config.optim.clip
@@ -401,27 +387,29 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Mean loss per token of the first `eval.sequences` held-out sequences; of replicas, that of their
+        """Means over the targets of the first `eval.sequences` held-out sequences; of replicas, those of their
         mean."""
         with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
-            total_loss, total = self._held_out_loss()
+            evaluated = self._evaluated()
         if self.ranks.is_main:
-            self._log({**self._clock(), "val/loss": total_loss / (total * self.length)})
-        if not math.isfinite(total_loss):
-            raise TrainingFailed(f"step {self.progress.step}: validation loss {total_loss}")
+            self._log({**self._clock(), **evaluated})
+        if not math.isfinite(evaluated["val/loss"]):
+            raise TrainingFailed(f"step {self.progress.step}: validation loss {evaluated['val/loss']}")
         self.resumed_at = time.perf_counter()
 
-    def _held_out_loss(self) -> tuple[float, int]:
-        """(sum over tokens, sequences)."""
-        total = min(self.config.eval.sequences, self.held_out.sequences_per_epoch)
-        loss = torch.zeros(1, dtype=torch.float64, device=self.device)
+    def _evaluated(self) -> dict[str, float]:
+        """By metric."""
+        held_out, metrics = self.problem.held_out, self.problem.evaluated
+        total = min(self.config.eval.sequences, held_out.sequences_per_epoch)
+        sums = torch.zeros(len(metrics), dtype=torch.float64, device=self.device)
         for start, count in self._units(0, total, (self.ranks.data_rank,)):
-            with self.strategy.loss():
+            with self.strategy.loss(), self.strategy.autocast():
                 # Also without a share: sharded parameters are gathered by all ranks together.
-                unit_loss = self._loss(*self._on_device(self.held_out.read(start, max(count, 1))))
-            loss += unit_loss if count else 0
-        (total_loss,) = self.ranks.sum(loss / self.ranks.tensor_ranks)
-        return total_loss, total
+                batch = self._tensors(held_out.read(start, max(count, 1)))
+                unit_sums = self.problem.evaluate(self.model, *batch)
+            sums += unit_sums if count else 0
+        totals = self.ranks.sum(sums / self.ranks.tensor_ranks)
+        return {name: value / (total * self.length) for name, value in zip(metrics, totals, strict=True)}
 
     @torch.no_grad()
     def save(self) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
 from pipeline.attempt import for_attempt, mesh_of
-from pipeline.config import Config, ConfigError, check
+from pipeline.config import TEXT_SOURCES, Config, ConfigError, check
 from pipeline.environment import environment
 from pipeline.store import (
     AlreadyRunning,
@@ -275,6 +275,8 @@ def prepare_data(config: Config) -> None:
     Raises ConfigError."""
     from pipeline.data import prepare
 
+    if config.data.source not in TEXT_SOURCES:
+        return  # labelled samples are read as they are
     prepare(config.data, home() / "corpora", report=report, progress=sys.stdout.isatty())
 
 

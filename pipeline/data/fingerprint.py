@@ -7,7 +7,8 @@ import hashlib
 import os
 import platform
 
-from pipeline.config import DataConfig
+from pipeline.config import TEXT_SOURCES, DataConfig
+from pipeline import samples
 from pipeline.data import hub
 from pipeline.data.sources import corpus_files
 from pipeline.data.tokenizers import content_id
@@ -20,14 +21,18 @@ def fingerprint(data: DataConfig) -> str:
 
     "stdlib-3.11.7", or "text-" and 16 hex digits of SHA-256 over the size, the first and the last 64 KiB of
     each file in order (of a file on the Hub: its name, which holds its commit); then "+" and 8 hex digits of
-    the tokenizer's file, unless tokens are bytes. Raises ConfigError when a file is missing.
+    the tokenizer's file, unless tokens are bytes. Of labelled samples what their file in pipeline.samples
+    says. Raises ConfigError when a file is missing.
     """
+    if data.source not in TEXT_SOURCES:
+        return samples.fingerprint(data)
     paths = [path for path, _ in corpus_files(data)]
-    text = f"stdlib-{platform.python_version()}" if data.source == "stdlib" else _of_files(paths)
+    text = f"stdlib-{platform.python_version()}" if data.source == "stdlib" else of_files(paths)
     return text if data.tokenizer == "bytes" else f"{text}+{content_id(data.tokenizer)[:8]}"
 
 
-def _of_files(paths: list[str]) -> str:
+def of_files(paths: list[str]) -> str:
+    """"text-" and 16 hex digits over the size, the first and the last 64 KiB of each file in order."""
     return _text_fingerprint(tuple((path, *_size_and_time(path)) for path in paths))
 
 

@@ -9,7 +9,7 @@ No batch size, rank, worker or restart enters, so a larger batch takes more of t
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,17 +56,31 @@ class Stream:
         return sequences.astype(np.int64)
 
 
-class Prefetcher:
+Read = TypeVar("Read", covariant=True)
+
+
+class Source(Protocol[Read]):
+    """An infinite stream: what is at a position depends on the seed of the data alone. Any thread may read."""
+
+    @property
+    def sequences_per_epoch(self) -> int: ...
+
+    def read(self, first: int, count: int) -> Read:
+        """What is at the positions first … first + count − 1."""
+        ...
+
+
+class Prefetcher(Generic[Read]):
     """Reads requested positions ahead in one background thread.
 
     Requests name explicit positions, so a batch size may change at any time: what was requested under the old
     size is dropped once the run has passed it, and what was not requested is read on the spot.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Source[Read]) -> None:
         self._stream = stream
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._ahead: dict[tuple[int, int], Future[NDArray[np.int64]]] = {}
+        self._ahead: dict[tuple[int, int], Future[Read]] = {}
 
     def request(self, first: int, count: int) -> None:
         """Begins to read positions first … first + count − 1."""
@@ -76,8 +90,8 @@ class Prefetcher:
             self._drop(next(iter(self._ahead)))
         self._ahead[first, count] = self._reader.submit(self._stream.read, first, count)
 
-    def take(self, first: int, count: int) -> NDArray[np.int64]:
-        """The tokens of these positions; raises here what went wrong in the background."""
+    def take(self, first: int, count: int) -> Read:
+        """What is at these positions; raises here what went wrong in the background."""
         future = self._ahead.pop((first, count), None)
         for stale in [key for key in self._ahead if key[0] < first + count]:
             self._drop(stale)

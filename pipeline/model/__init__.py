@@ -1,1 +1,1 @@
-"""The language model under comparison: a Llama decoder and its initial weights."""
+"""The models, one file per `model.kind`, and their initial weights."""

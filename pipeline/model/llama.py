@@ -12,6 +12,7 @@ needs nothing but its parameters set.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.config import ModelConfig, ParallelConfig
+from pipeline.config import LlamaConfig, ParallelConfig
+from pipeline.model._interface import Model
+
+STANDARD_DEVIATION = 0.02
+RESIDUAL_OUTPUTS = ("attention.out.weight", "ffn.down.weight")  # what is added to the residual stream
 
 
 @lru_cache(maxsize=8)
@@ -47,7 +52,7 @@ def rotate(x_BTHK: Tensor, cos_T1K: Tensor, sin_T1K: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention; H/G neighbouring query heads share one key and value head."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: LlamaConfig) -> None:
         super().__init__()
         self.head_width = model.head_width
         self.query = nn.Linear(model.width, model.heads * model.head_width, bias=False)
@@ -68,7 +73,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: Shazeer 2020 (arXiv 2002.05202), eq. 6."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: LlamaConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(model.width, model.ffn, bias=False)
         self.up = nn.Linear(model.width, model.ffn, bias=False)
@@ -81,7 +86,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """One layer: pre-normalised attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: LlamaConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(model.width, eps=model.norm_eps)
         self.attention = Attention(model)
@@ -100,10 +105,10 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
-class Llama(nn.Module):
-    """tokens [B, T] int64 -> logits [B, T, V]. Weights are unset until pipeline.model.init.initialise."""
+class Llama(Model):
+    """tokens [B, T] int64 -> logits [B, T, V]."""
 
-    def __init__(self, model: ModelConfig) -> None:
+    def __init__(self, model: LlamaConfig) -> None:
         super().__init__()
         self.model = model
         self.embedding = nn.Embedding(model.vocab, model.width)
@@ -113,9 +118,30 @@ class Llama(nn.Module):
         self.tie()
 
     def tie(self) -> None:
-        """Lets a tied head share the embedding: again after whatever replaces parameters (to_empty, TP)."""
         if self.model.tied:
             self.head.weight = self.embedding.weight
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        # A tied head shares the embedding's weight, so both belong to the root, which holds its parameters
+        # through forward and backward pass.
+        return [*self.blocks] if self.model.tied else [self.embedding, *self.blocks, self.head]
+
+    def prepare(self, parallel: ParallelConfig) -> None:
+        for block in self.blocks:
+            block.recompute = parallel.activation_checkpointing
+            if parallel.compile:
+                block.compile()
+
+    def initial_weight(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Matrices are normal(0, 0.02), as in GPT (Radford et al. 2018, section 4.1). Those whose output is
+        added to the residual stream are scaled by 1/sqrt(N), N = 2·layers additions (GPT-2: Radford et al.
+        2019, section 2.3), so that the stream's variance does not grow with depth. Norms are 1."""
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        assert len(shape) == 2, f"{name}: no rule for the initial values of shape {tuple(shape)}"
+        scale = 1 / math.sqrt(2 * self.model.layers) if name.endswith(RESIDUAL_OUTPUTS) else 1.0
+        return torch.empty(shape).normal_(0.0, STANDARD_DEVIATION * scale, generator=generator)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         cos_T1K, sin_T1K = rotary_tables(
@@ -132,14 +158,3 @@ def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
     return loss.full_tensor() if isinstance(loss, DTensor) else loss  # of logits split by vocabulary
 
-
-def prepare_blocks(model: Llama, parallel: ParallelConfig) -> Llama:
-    """Activation checkpointing and compilation, block by block, in place; parameter names stay as they are.
-
-    Its place is after tensor parallelism and before FSDP or DDP.
-    """
-    for block in model.blocks:
-        block.recompute = parallel.activation_checkpointing
-        if parallel.compile:
-            block.compile()
-    return model

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from pipeline.config import Config, ParallelConfig
-    from pipeline.model.llama import Llama
+    from pipeline.model._interface import Model
     from pipeline.parallel._ranks import Ranks
 
 
@@ -38,21 +38,20 @@ class Strategy:
         """Whether the gradient of each data-parallel rank can be seen before they are averaged."""
         return False
 
-    def apply(self, model: Llama) -> nn.Module:
+    def apply(self, model: Model) -> nn.Module:
         """The model, given on the meta device, spread over the ranks and with its initial weights."""
         from pipeline.model.init import initialise
-        from pipeline.model.llama import prepare_blocks
 
         self.split(model)
-        prepare_blocks(model, self.parallel)
+        model.prepare(self.parallel)
         self.shard(model)
         initialise(model, self.config.seed, self.ranks.device)
         return model
 
-    def split(self, model: Llama) -> None:
+    def split(self, model: Model) -> None:
         """Distributes matrix products, in place."""
 
-    def shard(self, model: Llama) -> None:
+    def shard(self, model: Model) -> None:
         """Distributes the storage of parameters, in place."""
 
     def micro_batch(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
     from pipeline.config import ParallelConfig
-    from pipeline.model.llama import Llama
+    from pipeline.model._interface import Model
 
 
 class Strategy(_strategy.Strategy):
@@ -29,7 +29,7 @@ class Strategy(_strategy.Strategy):
     def shows_workers(parallel: ParallelConfig) -> bool:
         return parallel.replicate > 1
 
-    def apply(self, model: Llama) -> nn.Module:
+    def apply(self, model: Model) -> nn.Module:
         from torch.nn.parallel import DistributedDataParallel
 
         if self._replicas:

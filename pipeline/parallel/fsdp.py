@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
     from pipeline.config import ParallelConfig
-    from pipeline.model.llama import Llama
+    from pipeline.model._interface import Model
 
 
 class Strategy(_strategy.Strategy):
@@ -25,7 +25,7 @@ class Strategy(_strategy.Strategy):
     def shows_workers(parallel: ParallelConfig) -> bool:
         return parallel.shard > 1  # with one shard nothing is scattered, and nothing seen
 
-    def shard(self, model: Llama) -> None:
+    def shard(self, model: Model) -> None:
         fully_shard_layers(model, self.mesh[self.axes], self.parallel)
 
     def micro_batch(
@@ -41,11 +41,10 @@ class Strategy(_strategy.Strategy):
         return contextlib.nullcontext()  # parameters are gathered in the precision of the products
 
 
-def fully_shard_layers(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
-    """fully_shard of each block, of embedding and head, and of the rest, in place.
+def fully_shard_layers(model: Model, mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+    """fully_shard of each layer and of the rest, in place.
 
-    `mesh`: [shard], or [replicate, shard] for replicas of the shards. A tied head shares the embedding's
-    weight, so both belong to the root, which holds its parameters through forward and backward pass.
+    `mesh`: [shard], or [replicate, shard] for replicas of the shards.
     """
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -56,9 +55,8 @@ def fully_shard_layers(model: Llama, mesh: DeviceMesh, parallel: ParallelConfig)
     policy = MixedPrecisionPolicy()
     if parallel.precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    layers = [*model.blocks] if model.model.tied else [model.embedding, *model.blocks, model.head]
-    for layer in layers:
-        # The head is needed again at once, in the backward pass.
-        reshard = parallel.reshard_after_forward and layer is not model.head
+    for layer in model.layers:
+        # The last is needed again at once, in the backward pass.
+        reshard = parallel.reshard_after_forward and layer is not model.layers[-1]
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.parallel import fsdp, tp
 
 if TYPE_CHECKING:
-    from pipeline.model.llama import Llama
+    from pipeline.model._interface import Model
 
 
 class Strategy(fsdp.Strategy):
@@ -15,6 +15,6 @@ class Strategy(fsdp.Strategy):
     split = tp.Strategy.split
     loss = tp.Strategy.loss
 
-    def shard(self, model: Llama) -> None:
+    def shard(self, model: Model) -> None:
         data = self.mesh["shard"] if self.parallel.replicate == 1 else self.mesh["replicate", "shard"]
         fsdp.fully_shard_layers(model, data, self.parallel)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pipeline.parallel import _strategy
 
@@ -15,16 +15,17 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from pipeline.model._interface import Model
     from pipeline.model.llama import Llama
 
 
 class Strategy(_strategy.Strategy):
     axes = ("tensor",)
 
-    def split(self, model: Llama) -> None:
-        split_matrices(model, self.mesh["tensor"])
+    def split(self, model: Model) -> None:
+        split_matrices(cast("Llama", model), self.mesh["tensor"])
 
-    def apply(self, model: Llama) -> nn.Module:
+    def apply(self, model: Model) -> nn.Module:
         parallel = super().apply(model)
         keep_own_rows(parallel)
         return parallel

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.export import transformers_name
-from pipeline.model.llama import Llama, loss_sum, prepare_blocks, rotary_tables
+from pipeline.model.llama import Llama, loss_sum, rotary_tables
 from tests.model.support import SHAPES, TIED, config, random_llama, random_tokens, reference
 
 
@@ -133,9 +133,8 @@ def test_rotary_tables_are_exact_under_autocast() -> None:
 def test_recomputed_activations_give_the_same_loss_and_gradients() -> None:
     configuration = config("model=tiny")
     plain = random_llama(configuration)
-    recomputing = prepare_blocks(
-        copy.deepcopy(plain), dataclasses.replace(configuration.parallel, activation_checkpointing=True)
-    )
+    recomputing = copy.deepcopy(plain)
+    recomputing.prepare(dataclasses.replace(configuration.parallel, activation_checkpointing=True))
     assert [name for name, _ in recomputing.named_parameters()] == [
         name for name, _ in plain.named_parameters()
     ]
@@ -157,7 +156,9 @@ def test_recomputed_activations_give_the_same_loss_and_gradients() -> None:
 
 def test_blocks_are_neither_compiled_nor_recomputed_unless_asked() -> None:
     configuration = config("model=tiny")
-    for block in prepare_blocks(Llama(configuration.model), configuration.parallel).blocks:
+    model = Llama(configuration.model)
+    model.prepare(configuration.parallel)
+    for block in model.blocks:
         assert not block.recompute and block._compiled_call_impl is None
 
 
@@ -165,7 +166,8 @@ def test_blocks_are_neither_compiled_nor_recomputed_unless_asked() -> None:
 def test_compiled_blocks_give_the_same_loss_and_gradients() -> None:
     configuration = config("model=tiny", "model.layers=1")
     plain = random_llama(configuration)
-    compiled = prepare_blocks(copy.deepcopy(plain), dataclasses.replace(configuration.parallel, compile=True))
+    compiled = copy.deepcopy(plain)
+    compiled.prepare(dataclasses.replace(configuration.parallel, compile=True))
     assert compiled.blocks[0]._compiled_call_impl is not None
     tokens, targets = (random_tokens(configuration.model, 2, 32, seed) for seed in (1, 2))
     losses = [loss_sum(model(tokens), targets) for model in (plain, compiled)]

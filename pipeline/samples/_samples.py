@@ -1,0 +1,113 @@
+"""Labelled samples in memory, and the order in which a run reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.data.permutation import permute
+
+Batch = tuple[NDArray[np.float32], NDArray[np.int64]]  # inputs [n, …] and labels [n]
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in `columns`."""
+
+    starts: NDArray[np.int64]
+    columns: NDArray[np.int64]
+    values: NDArray[np.float32]
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.starts) - 1, self.width
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The rows, dense."""
+        counts = self.starts[rows + 1] - self.starts[rows]
+        ends = counts.cumsum()
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[rows] - ends + counts, counts)
+        dense = np.zeros((len(rows), self.width), np.float32)
+        dense[np.repeat(np.arange(len(rows)), counts), self.columns[places]] = self.values[places]
+        return dense
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a model sees of `inputs` x is (x − mean)·scale; labels are 0 … classes − 1."""
+
+    inputs: NDArray[Any] | SparseRows  # [n, …]
+    labels: NDArray[np.int64]  # [n]
+    classes: int
+    mean: float | NDArray[np.float32] = 0.0  # of a number or of each feature
+    scale: float | NDArray[np.float32] = 1.0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample."""
+        return tuple(self.inputs.shape[1:])
+
+    def at(self, indices: NDArray[np.int64]) -> Batch:
+        inputs = (self.inputs[indices].astype(np.float32, copy=False) - self.mean) * self.scale
+        return inputs.astype(np.float32, copy=False), self.labels[indices]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples to train on, and those held out."""
+
+    train: Samples
+    train_indices: NDArray[np.int64]  # of the samples that are trained on
+    validation: Samples
+    validation_indices: NDArray[np.int64]
+
+    @staticmethod
+    def of(train: Samples, validation: Samples) -> Split:
+        return Split(train, np.arange(len(train)), validation, np.arange(len(validation)))
+
+
+def hold_out(samples: Samples, fraction: float) -> Split:
+    """The same samples, whatever the seeds of a run."""
+    count = len(samples)
+    order = permute(np.arange(count), count, seed=0, epoch=0)
+    held = min(max(1, round(fraction * count)), count - 1)
+    return Split(samples, np.sort(order[held:]), samples, np.sort(order[:held]))
+
+
+def standardise(split: Split) -> Split:
+    """Each feature to mean 0 and variance 1 over the samples that are trained on; a constant one to 0."""
+    inputs, _ = split.train.at(split.train_indices)
+    mean, deviation = inputs.mean(0, dtype=np.float64), inputs.std(0, dtype=np.float64)
+    scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
+
+    def of(samples: Samples) -> Samples:
+        # ((x − m)·s − mean)·scale = (x − m − mean/s)·s·scale
+        whole = {"mean": samples.mean + mean / samples.scale, "scale": samples.scale * scale}
+        return replace(samples, **{key: value.astype(np.float32) for key, value in whole.items()})
+
+    return replace(split, train=of(split.train), validation=of(split.validation))
+
+
+class SampleStream:
+    """Position k of the infinite stream is sample permutation(seed, epoch)[k mod n] of those at `indices`: the order
+    contract of pipeline.data.stream."""
+
+    def __init__(self, samples: Samples, indices: NDArray[np.int64], seed: int) -> None:
+        self._samples, self._indices, self._seed = samples, indices, seed
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        return len(self._indices)
+
+    def read(self, first: int, count: int) -> Batch:
+        """Positions first … first + count − 1."""
+        n = self.sequences_per_epoch
+        epochs, indices = np.divmod(np.arange(first, first + count), n)
+        return self._samples.at(self._indices[permute(indices, n, self._seed, epochs)])
