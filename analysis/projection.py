@@ -211,7 +211,9 @@ def project(
 def compares_ranks(config: Config) -> bool:
     """Whether the schedule measures gradients of whole ranks rather than of micro-batches."""
     batch = identity_fields(config)["batch"]
-    return batch["schedule"] == "coordinate_norm_test" or batch.get("estimator") in ("worker", "paper")
+    if batch["schedule"] == "coordinate_norm_test" and "estimator" not in batch:
+        return True
+    return batch.get("estimator") in ("worker", "paper")
 
 
 def _unusable(own: Sequence[StepTrace]) -> str | None:

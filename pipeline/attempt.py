@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from pipeline.batch import schedule_class
+from pipeline.batch._adaptive import check_shows_samples
 from pipeline.config import Config, ConfigError, check_imbalance, check_mesh, check_replicas, parse, to_tree
 from pipeline.overrides import CONF, no_such_option, options_of
 from pipeline.parallel import strategy_class
@@ -94,6 +95,8 @@ def _check_same_run(frozen: Config, changed: Config) -> list[str]:
                 f"{before.data_ranks} data-parallel ranks of this run. Keep replicate × shard = "
                 f"{before.data_ranks}, with parallel=ddp or a parallel.shard of at least 2"
             )
+    if needs and needs.units == "sample":
+        problems += check_shows_samples(changed)
     return problems
 
 

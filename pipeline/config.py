@@ -164,7 +164,7 @@ class BatchConfig:
     epsilon: PositiveFloat | None
     c: PositiveFloat
     share: float
-    estimator: Literal["microbatch", "worker", "paper"]
+    estimator: Literal["microbatch", "worker", "paper", "sample"]
     direction: Literal["momentum", "previous", "in_sample"]
     norm: Literal["l2", "l1"]
     measured_units: PositiveInt | None
@@ -822,10 +822,12 @@ def check_replicas(config: Config) -> list[str]:
             f"planned batch or one of sync={', '.join(able)}"
         )
     elif needs and needs.units != "worker":
-        by_rank = "batch.direction=in_sample" if needs.direction else "batch.estimator=worker"
+        by_rank = ["batch.direction=in_sample"] if needs.direction in ("momentum", "previous") else []
+        if needs.units == "sample" or not needs.direction:
+            by_rank.append("batch.estimator=worker")
         problems.append(
             f"batch={batch.schedule} sync={sync.method}: replicas compare the gradients of their shares, "
-            f"not of micro-batches. Use {by_rank}"
+            f"not of {'samples' if needs.units == 'sample' else 'micro-batches'}. Use {' '.join(by_rank)}"
         )
     if parallel.strategy != "ddp" or parallel.replicate < 2:
         return [

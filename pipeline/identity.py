@@ -21,6 +21,9 @@ _EXCLUDED = (
     "checkpoint", "launch", "track", "sweep", "model.name", "data.workers", "data.files", "data.tokenizer",
 )  # fmt: skip
 
+# To these schedules batch.estimator says nothing unless it is `sample`.
+_NO_OTHER_ESTIMATOR = ("inner_product", "coordinate_norm_test")
+
 
 def identity_fields(config: Config) -> dict[str, Any]:
     """The settings that decide the result: no checkpoints, launch, tracking, names, paths,
@@ -38,6 +41,8 @@ def identity_fields(config: Config) -> dict[str, Any]:
         else:
             del tree[group]
     read = batch_schedules.schedule_class(config.batch.schedule).settings | {"schedule"}
+    if config.batch.schedule in _NO_OTHER_ESTIMATOR and config.batch.estimator != "sample":
+        read -= {"estimator"}
     tree["batch"] = {key: value for key, value in tree["batch"].items() if key in read}
     read = sync_methods.method_class(config.sync.method).settings | {"method"}
     tree["sync"] = {key: value for key, value in tree["sync"].items() if key in read}

@@ -20,10 +20,12 @@ from pipeline.model.llama import Llama, loss_sum
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import home, report
 
+
 class Problem(Protocol):
     train: Source[Any]
     held_out: Source[Any]  # in an order that is the same in all runs
     evaluated: tuple[str, ...]  # the metrics of an evaluation
+    l2: float  # the loss of every sample includes l2/2 ‖w‖²
 
     def model(self) -> Model:
         """On the meta device."""
@@ -46,6 +48,7 @@ class Language:
     """The next token of text; the loss is cross entropy in nats."""
 
     evaluated = ("val/loss",)
+    l2 = 0.0
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, LlamaConfig)
@@ -86,6 +89,7 @@ class Classification:
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, ClassifierConfig)
         self._model, data = config.model, config.data
+        self.l2 = self._model.l2
         split = samples.read(data)
         indices = split.train_indices
         if data.distribution == "by_rank":
@@ -113,9 +117,9 @@ class Classification:
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = self._data_loss(model(inputs), targets)
-        if self._model.l2:
+        if self.l2:
             squares = torch.stack([p.square().sum() for p in model.parameters()]).sum()
-            loss = loss + len(targets) * self._model.l2 / 2 * squares
+            loss = loss + len(targets) * self.l2 / 2 * squares
         return loss
 
     def _data_loss(self, logits: Tensor, targets: Tensor) -> Tensor:

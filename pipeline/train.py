@@ -106,7 +106,7 @@ class Trainer:
         self.batch_scaling = BatchScaling(config)
         self.capture: Capture | None = None
         if needs := self.schedule.needs or self.batch_scaling.needs:
-            self.capture = capture_for(needs, self.model, self.optimizer, ranks)
+            self.capture = capture_for(needs, self.model, self.optimizer, ranks, self.problem.l2)
         state, first = self.schedule.start()
         self.progress = Progress(state, first, first.size)
         self.tokens_before = 0  # tokens seen before the step just done

@@ -69,6 +69,13 @@ def test_ranks_that_make_the_run_what_it_is_stay_as_many(more: str, changes: lis
     assert for_attempt(frozen, ["launch.cpus_per_task=1"]).parallel == frozen.parallel
 
 
+def test_gradients_of_single_samples_need_whole_parameters():
+    frozen = config("model=logistic", "data=digits", "batch=norm_test", "batch.estimator=sample")
+    assert for_attempt(frozen, ["parallel=ddp"]).parallel.data_ranks == 2
+    with pytest.raises(ConfigError, match="Use parallel=single or parallel=ddp"):
+        for_attempt(frozen, ["parallel=fsdp"])
+
+
 def test_the_rest_of_the_ranks():
     moved = for_attempt(config(), ["parallel=fsdp", "parallel.shard=-1", "launch.gpus_per_node=4"])
     assert moved.parallel.shard == 4

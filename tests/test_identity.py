@@ -52,6 +52,18 @@ def test_settings_an_adaptive_schedule_reads_are_part_of_it():
     assert "sizes" not in identity_fields(config("batch=norm_test"))["batch"]
 
 
+@pytest.mark.parametrize("schedule", ["inner_product", "coordinate_norm_test"])
+def test_an_estimator_is_part_of_these_schedules_only_where_it_is_samples(schedule: str):
+    """Their ids are older than it."""
+    overrides = ["model=logistic", "data=digits", "parallel=ddp", f"batch={schedule}"]
+    ids = {
+        estimator: run_id(config(*overrides, f"batch.estimator={estimator}"))
+        for estimator in ("microbatch", "worker", "sample")
+    }
+    assert ids["microbatch"] == ids["worker"] != ids["sample"]
+    assert "estimator" not in identity_fields(config(*overrides))["batch"]
+
+
 def test_a_value_without_canonical_form_is_an_error():
     good = config()
     bad = dataclasses.replace(good, optim=dataclasses.replace(good.optim, lr=float("nan")))

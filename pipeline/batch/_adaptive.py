@@ -50,7 +50,7 @@ class Adaptive:
     def needs_of(cls, batch: BatchConfig) -> Needs:
         if batch.estimator == "microbatch":
             return Needs("microbatch", batch.measured_units)
-        return Needs("worker")
+        return Needs("sample" if batch.estimator == "sample" else "worker")
 
     @classmethod
     def compares_by(cls, batch: BatchConfig) -> tuple[str, str]:
@@ -73,6 +73,8 @@ class Adaptive:
             )
         if needs.units == "microbatch":
             problems += _check_two_micro_batches(config)
+        elif needs.units == "sample":
+            problems += [*_check_two_samples(config), *check_shows_samples(config)]
         else:
             problems += cls._check_workers(config)
         return problems
@@ -87,7 +89,7 @@ class Adaptive:
             problems.append(
                 f"{chosen}: compares the gradients of data-parallel ranks, which "
                 f"parallel={parallel.strategy} ({axes}) does not show. Use parallel=ddp, a parallel.shard of "
-                f"at least 2, or batch.{by}={instead}"
+                f"at least 2, or batch.{by}={instead}; with labelled samples also batch.estimator=sample"
             )
         if batch.measured_units is not None:
             problems.append(
@@ -178,6 +180,49 @@ def _agreed(demands: tuple[float, ...], batch: int) -> float:
 def noise_to_signal(noise: float, signal: float) -> float:
     """Infinite when no signal is left."""
     return max(noise, 0.0) / signal if signal > 0 else math.inf
+
+
+def check_shows_samples(config: Config) -> list[str]:
+    """Problems of taking gradients of single samples, for the user."""
+    parallel, chosen, problems = config.parallel, "batch.estimator=sample", []
+    if config.model.kind == "llama":
+        problems.append(
+            f"{chosen} model={config.model.name}: gradients of single samples are those of labelled ones. "
+            f"Use batch.estimator=microbatch; with data.micro_batch=1 it compares single sequences"
+        )
+    elif config.model.loss == "auc":
+        problems.append(
+            f"{chosen} model.loss=auc: its gradient is more than that of single samples' logits. "
+            f"Use batch.estimator=microbatch"
+        )
+    if not strategy_class(parallel.strategy).shows_samples:
+        problems.append(
+            f"{chosen}: needs all parameters on every rank, which parallel={parallel.strategy} spreads. "
+            f"Use parallel=single or parallel=ddp, or batch.estimator=microbatch"
+        )
+    if parallel.compile:
+        problems.append(
+            f"{chosen} parallel.compile=true: looks into layers, which a compiled model does not show. "
+            f"Use parallel.compile=false"
+        )
+    if parallel.precision != "float32":
+        problems.append(
+            f"{chosen} parallel.precision={parallel.precision}: is exact in float32 alone. "
+            f"Use parallel.precision=float32"
+        )
+    return problems
+
+
+def _check_two_samples(config: Config) -> list[str]:
+    batch, problems = config.batch, []
+    if batch.measured_units is not None:
+        problems.append(
+            f"batch.measured_units={batch.measured_units}: counts micro-batches; batch.estimator=sample "
+            f"needs it to be null"
+        )
+    if first_batch(config) < 2:
+        problems.append(f"batch.size={batch.size}: the variance needs two samples. Nearest batch.size: 2")
+    return problems
 
 
 def _check_two_micro_batches(config: Config) -> list[str]:

@@ -60,10 +60,11 @@ class Decision:
 class Needs:
     """The gradient statistics that a schedule decides from."""
 
-    units: Literal["microbatch", "worker"]  # whose gradients are compared
+    units: Literal["microbatch", "worker", "sample"]  # whose gradients are compared
     measured_units: int | None = None  # microbatch: the first so many of a step; None: all
-    direction: Literal["momentum", "previous"] | None = None  # microbatch: products ⟨g_j, d⟩ with it
-    coordinates: bool = False  # worker: the variance of every coordinate
+    # Products ⟨g_j, d⟩ with it; in_sample: of samples alone (workers have all products of theirs).
+    direction: Literal["momentum", "previous", "in_sample"] | None = None
+    coordinates: bool = False  # worker, sample: the variance of every coordinate
 
 
 class BatchSchedule(Protocol):

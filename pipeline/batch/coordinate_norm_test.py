@@ -21,14 +21,15 @@ class Schedule(Adaptive):
 
     A share of 1, the maximum, is the condition as written. Some coordinate of a network's gradient is always
     almost 0, and then it demands the cap at once; so a smaller share of the coordinates must pass here. The
-    quantile is known to 19 % (see `Coordinates`).
+    quantile is known to 19 % (see `Coordinates`). σ_k² is that of ranks, or exact with
+    `batch.estimator=sample`.
     """
 
-    settings = GUARDS | {"eta", "share"}
+    settings = GUARDS | {"eta", "share", "estimator"}
 
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
-        return Needs("worker", coordinates=True)
+        return Needs("sample" if batch.estimator == "sample" else "worker", coordinates=True)
 
     @classmethod
     def compares_by(cls, batch: BatchConfig) -> tuple[str, str]:

@@ -26,16 +26,20 @@ class Schedule(Adaptive):
     two tests ask for tr Σ/(ε² D), the norm test's batch, and any other with θ² + ν² = ε² asks for more
     (Espath, Krumscheid, Tempone, Vilanova 2021, arXiv 2109.11933).
 
-    The direction: `in_sample` is g itself, as in the paper. It contains the gradients that it is compared
-    with, and in a batch of mostly noise it is a direction of the noise, so that σ∥² tells about tr Σ²/tr Σ.
+    The direction: `in_sample` is g itself, as in the paper: compared with gradients of ranks, or with
+    `batch.estimator=sample` of single samples, which is the paper's test exactly. It contains the gradients
+    that it is compared with, and in a batch of mostly noise it is a direction of the noise, so that σ∥² tells
+    about tr Σ²/tr Σ.
     `momentum` (the optimizer's first moment) and `previous` (the mean gradient of the measured step before)
     are fixed before the batch is drawn; the variance along them has no bias.
     """
 
-    settings = GUARDS | {"theta", "nu", "epsilon", "direction", "signal"}
+    settings = GUARDS | {"theta", "nu", "epsilon", "direction", "signal", "estimator"}
 
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
+        if batch.estimator == "sample":
+            return Needs("sample", direction=batch.direction)
         if batch.direction == "in_sample":
             return Needs("worker")
         return Needs("microbatch", batch.measured_units, batch.direction)
@@ -63,7 +67,7 @@ class Schedule(Adaptive):
         return problems
 
     def terms(self, statistics: GradientStatistics) -> tuple[float, ...]:
-        measured = statistics.workers if self.batch.direction == "in_sample" else statistics
+        measured = statistics.workers if self.needs.units == "worker" else statistics
         assert measured
         return (
             measured.parallel_variance,

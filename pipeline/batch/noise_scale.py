@@ -27,7 +27,7 @@ class Schedule(Adaptive):
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
         if batch.norm == "l1":
-            return Needs("worker", coordinates=True)
+            return Needs("sample" if batch.estimator == "sample" else "worker", coordinates=True)
         return super().needs_of(batch)
 
     @classmethod
@@ -39,12 +39,13 @@ class Schedule(Adaptive):
         batch, problems = config.batch, super().check(config)
         if batch.estimator == "paper":
             problems.append(
-                "batch.estimator=paper: is of batch.schedule=norm_test alone; use microbatch or worker"
+                "batch.estimator=paper: is of batch.schedule=norm_test alone; use microbatch, worker or "
+                "sample"
             )
-        if batch.norm == "l1" and batch.estimator != "worker":
+        if batch.norm == "l1" and batch.estimator not in ("worker", "sample"):
             problems.append(
                 f"batch.estimator={batch.estimator}: batch.norm=l1 compares coordinates of ranks; use "
-                f"batch.estimator=worker"
+                f"batch.estimator=worker, or sample of labelled samples"
             )
         if batch.norm == "l1" and batch.signal != "plain":
             problems.append("batch.signal=debiased: is not known for batch.norm=l1; use batch.signal=plain")

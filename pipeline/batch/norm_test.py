@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Schedule(Adaptive):
     """T = V/(η² D) with V by `batch.estimator` and D by `batch.signal`.
 
-    V: `microbatch`, `worker`: unbiased tr Σ of one sequence from that kind of unit; `paper`: eq. 5 as
-    printed, (1/J) Σ‖g_j − g‖² over the J ranks, which lacks the factor for the size of a worker's batch.
+    V: `microbatch`, `worker`, `sample`: unbiased tr Σ of one sequence from that kind of unit; `paper`: eq. 5
+    as printed, (1/J) Σ‖g_j − g‖² over the J ranks, which lacks the factor for the size of a worker's batch.
     Then T cannot exceed (J − 1)/η² in expectation, and the paper's own schedules, which reach 8192
     sequences with J = 4, cannot come from it.
     D: `plain` ‖g‖² as in the paper, which settles at B_simple(1 − η²)/η²; `debiased` |G|², at B_simple/η².

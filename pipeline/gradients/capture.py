@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from pipeline.batch._interface import Needs
-from pipeline.gradients.direction import Direction, Momentum, Previous
+from pipeline.gradients.direction import Direction, InSample, Momentum, Previous
 from pipeline.gradients.microbatch import MicrobatchCapture
+from pipeline.gradients.sample import SampleCapture
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.gradients.worker import WorkerCapture
 from pipeline.parallel._ranks import Ranks
@@ -39,8 +40,11 @@ class Capture(Protocol):
     def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics: ...
 
 
-def capture_for(needs: Needs, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> Capture:
-    """To be called by all ranks, after the model is distributed and has its weights."""
+def capture_for(
+    needs: Needs, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, l2: float = 0.0
+) -> Capture:
+    """To be called by all ranks, after the model is distributed and has its weights. The loss of every sample
+    includes `l2`/2 ‖w‖²."""
     if needs.units == "worker":
         return WorkerCapture(model, ranks, needs.coordinates)
     # DDP puts a prefix before names, which a checkpoint must not have.
@@ -50,4 +54,8 @@ def capture_for(needs: Needs, model: nn.Module, optimizer: torch.optim.Optimizer
         direction = Momentum(list(parameters.values()), optimizer)
     elif needs.direction == "previous":
         direction = Previous(parameters)
+    elif needs.direction == "in_sample":
+        direction = InSample(list(parameters.values()))
+    if needs.units == "sample":
+        return SampleCapture(model, ranks, l2, direction, needs.coordinates)
     return MicrobatchCapture(model, ranks, needs.measured_units, direction)

@@ -1,4 +1,5 @@
-"""Directions to project gradients on: fixed before the batch is drawn, hence independent of its noise."""
+"""Directions to project gradients on. All but the step's own are fixed before the batch is drawn, hence
+independent of its noise."""
 
 from __future__ import annotations
 
@@ -49,6 +50,22 @@ class Momentum:
         states = [self._optimizer.state[parameter] for parameter in self._parameters]
         (key,) = (name for name in FIRST_MOMENTS if name in states[0])
         return [local(state[key]) for state in states]
+
+    def step_done(self) -> None:
+        pass
+
+
+class InSample:
+    """The mean gradient of the measured step itself: known when `.grad` is complete."""
+
+    known = True
+    saved: Mapping[str, torch.Tensor] = {}
+
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self._parameters = parameters
+
+    def parts(self) -> list[torch.Tensor]:
+        return [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
 
     def step_done(self) -> None:
         pass

@@ -1,7 +1,7 @@
 """What a batch-size test is given: sums over the gradients of one optimizer step, and their estimators.
 
-The batch is split into J units (micro-batches, or ranks) of n_j sequences with mean gradients g_j;
-N = Σ n_j and g = Σ n_j g_j / N. Σ is the covariance of one sequence's gradient, G its mean.
+The batch is split into J units (micro-batches, ranks, or single samples) of n_j sequences with mean gradients
+g_j; N = Σ n_j and g = Σ n_j g_j / N. Σ is the covariance of one sequence's gradient, G its mean.
 """
 
 from __future__ import annotations
@@ -40,6 +40,38 @@ class Projections:
     @property
     def parallel_variance(self) -> float:
         """Unbiased variance of one sequence's gradient along d: dᵀΣd/‖d‖². NaN where d is 0."""
+        return self.variance / self.sq_norm if self.sq_norm > 0 else math.nan
+
+
+@dataclass(frozen=True)
+class SampleProducts:
+    """⟨g_i, d⟩ of all single samples of a step, as sums.
+
+    Along d = g this is Bollapragada et al. 2018 as printed: `variance` is the numerator of eq. 2.6, and what
+    is left of tr Σ across it that of eq. 3.3, since Σ‖g_i − ⟨g_i, g⟩/‖g‖² g‖² = Σ‖g_i − g‖² −
+    Σ(⟨g_i, g⟩ − ‖g‖²)²/‖g‖². g contains g_i: see WorkerProducts.
+    """
+
+    samples: int
+    total: float  # Σ ⟨g_i, d⟩
+    squares: float  # Σ ⟨g_i, d⟩²
+    sq_norm: float  # ‖d‖²
+
+    @property
+    def mean(self) -> float:
+        """⟨g, d⟩."""
+        return self.total / self.samples
+
+    @property
+    def variance(self) -> float:
+        """Σ (⟨g_i, d⟩ − ⟨g, d⟩)² / (n − 1): unbiased dᵀΣd of a d fixed before. NaN with one sample."""
+        if self.samples < 2:
+            return math.nan
+        return (self.squares - self.samples * self.mean**2) / (self.samples - 1)
+
+    @property
+    def parallel_variance(self) -> float:
+        """The same along the unit vector d/‖d‖. NaN where d is 0."""
         return self.variance / self.sq_norm if self.sq_norm > 0 else math.nan
 
 
@@ -142,7 +174,7 @@ class GradientStatistics:
     sum_sq_norm: float  # Σ ‖g_j‖² over measured units
     mean_sq_norm: float  # ‖g‖² of the whole step
     measured_sequences: int | None = None  # N' = Σ n_j over measured units; None: all N
-    along: Projections | None = None
+    along: Projections | SampleProducts | None = None
     workers: WorkerProducts | None = None
     coordinates: Coordinates | None = None
 
@@ -181,12 +213,12 @@ class GradientStatistics:
 
     @property
     def parallel_variance(self) -> float:
-        """Unbiased variance along the direction, dᵀΣd/‖d‖². NaN without one."""
+        """Variance along the direction, dᵀΣd/‖d‖², unbiased unless that is g. NaN without one."""
         return self.along.parallel_variance if self.along else math.nan
 
     @property
     def orthogonal_variance(self) -> float:
-        """Unbiased trace of Σ on the complement of the direction: tr Σ − dᵀΣd/‖d‖². NaN without one."""
+        """Trace of Σ on the complement of the direction: tr Σ − dᵀΣd/‖d‖², as unbiased. NaN without one."""
         return self.variance - self.parallel_variance
 
 

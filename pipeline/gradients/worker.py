@@ -17,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.gradients.coordinates import SIZE, add_coordinates, coordinates_of
 from pipeline.gradients.dtensor import mesh_axis, shares
 from pipeline.gradients.exchange import (
     BucketExchange,
@@ -27,14 +28,7 @@ from pipeline.gradients.exchange import (
     padded,
 )
 from pipeline.gradients.leaves import leaves
-from pipeline.gradients.statistics import (
-    BINS_PER_OCTAVE,
-    LOWEST_OCTAVE,
-    RATIO_BINS,
-    Coordinates,
-    GradientStatistics,
-    WorkerProducts,
-)
+from pipeline.gradients.statistics import GradientStatistics, WorkerProducts
 from pipeline.parallel._ranks import Ranks
 
 COLUMNS = 2**18  # of the rows that are worked on at a time
@@ -68,7 +62,7 @@ class WorkerCapture:
         self._gram = torch.zeros(count, count, dtype=torch.float64, device=ranks.device)
         self._coordinates: torch.Tensor | None = None
         if coordinates:
-            self._coordinates = torch.zeros(2 + RATIO_BINS, dtype=torch.float64, device=ranks.device)
+            self._coordinates = torch.zeros(SIZE, dtype=torch.float64, device=ranks.device)
 
     def _shares_of(self, layer: Layer, of_leaves: list[float]) -> torch.Tensor | None:
         """What each column counts for: tensor-parallel ranks have copies of some. None: all for 1."""
@@ -109,14 +103,7 @@ class WorkerCapture:
         mean = self._weights @ gradients / self._weights.sum()
         variance = self._weights @ (gradients - mean).square_() / (len(gradients) - 1)
         count = torch.ones_like(mean) if column_shares is None else column_shares
-        self._coordinates[0] += (variance.sqrt() * count).sum(dtype=torch.float64)
-        self._coordinates[1] += (mean.abs() * count).sum(dtype=torch.float64)
-        octaves = variance.log2() - 2 * mean.abs().log2()  # of the ratio itself, its square could underflow
-        # 0/0: no worker has a gradient there, nor anywhere in the padding. (Left out by a count of 0: to
-        # select the others would wait for the device.)
-        count = count.masked_fill(octaves.isnan(), 0)
-        bins = ((octaves.nan_to_num(0) - LOWEST_OCTAVE) * BINS_PER_OCTAVE).clamp(0, RATIO_BINS - 1).long()
-        self._coordinates[2:].index_add_(0, bins, count.double())
+        add_coordinates(self._coordinates, variance, mean, count)
 
     # --- one step
 
@@ -154,8 +141,7 @@ class WorkerCapture:
         gram = np.array(sums[: count**2]).reshape(count, count)
         coordinates = None
         if self._coordinates is not None:
-            deviation, magnitude, *ratio_counts = sums[count**2 :]
-            coordinates = Coordinates(deviation, magnitude, tuple(ratio_counts))
+            coordinates = coordinates_of(sums[count**2 :])
         workers = WorkerProducts(self._sequences, gram)
         return GradientStatistics(
             units=count,

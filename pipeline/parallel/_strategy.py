@@ -21,6 +21,7 @@ class Strategy:
     """One way to spread a model over ranks. A subclass overrides what differs from one process."""
 
     axes: ClassVar[tuple[str, ...]] = ()  # of the mesh: replicate, shard, tensor
+    shows_samples: ClassVar[bool] = False  # whether every rank has all parameters and gradients whole
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         self.config, self.parallel, self.ranks = config, config.parallel, ranks

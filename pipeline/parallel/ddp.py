@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 class Strategy(_strategy.Strategy):
     axes = ("replicate",)
+    shows_samples = True
 
     @cached_property
     def _replicas(self) -> bool:

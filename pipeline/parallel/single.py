@@ -6,4 +6,4 @@ from pipeline.parallel import _strategy
 
 
 class Strategy(_strategy.Strategy):
-    pass
+    shows_samples = True

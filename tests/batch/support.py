@@ -46,6 +46,7 @@ ADAPTIVE = {
     ],
     "coordinate_norm_test": ["batch=coordinate_norm_test", "parallel=ddp"],
 }
+SAMPLES = ["model=logistic", "data=digits", "data.sequence_length=1", "batch.estimator=sample"]
 
 
 @cache

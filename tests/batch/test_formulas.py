@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 
 from pipeline.batch._interface import StepDone
-from pipeline.gradients.statistics import GradientStatistics
-from tests.batch.support import ADAPTIVE, coordinates, decide, gradients, schedule_of, small, statistics
+from pipeline.gradients.statistics import GradientStatistics, SampleProducts
+from tests.batch.support import (
+    ADAPTIVE,
+    SAMPLES,
+    coordinates,
+    decide,
+    gradients,
+    schedule_of,
+    small,
+    statistics,
+)
 
 UNIT = 4  # sequences
 
@@ -98,6 +107,23 @@ def test_in_sample_inner_product_test_is_that_of_the_paper(theta: float, nu: flo
     expected = max(along / (theta**2 * squared**2), across / (nu**2 * squared))
     overrides = [*ADAPTIVE["inner_product in sample"], f"batch.theta={theta}", f"batch.nu={nu}"]
     assert demand(*overrides, g=g) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("theta", "nu"), [(0.9, 5.84), (0.2, 0.5)])
+def test_of_single_samples_it_is_that_of_the_paper_exactly(theta: float, nu: float):
+    """Ibid., from the sums that samples give: of squared norms, of products with the mean and of their squares."""
+    g = gradients(units=20, signal=2.0)
+    mean = g.mean(0)
+    squared, products, squares = mean @ mean, g @ mean, (g**2).sum()
+    along = ((products - squared) ** 2).sum() / (len(g) - 1)
+    across = ((g - np.outer(products / squared, mean)) ** 2).sum() / (len(g) - 1)
+    expected = max(along / (theta**2 * squared**2), across / (nu**2 * squared))
+    overrides = [*SAMPLES, "batch=inner_product", "batch.direction=in_sample", "batch.ema=0"]
+    schedule = schedule_of(small(*overrides, f"batch.theta={theta}", f"batch.nu={nu}"))
+    sums = SampleProducts(len(g), products.sum(), (products**2).sum(), squared)
+    seen = GradientStatistics(len(g), len(g), squares, squares, squared, along=sums)
+    _, decision = schedule.decide(schedule.start()[0], StepDone(1, 20, 20, 20), seen)
+    assert decision.log["test/statistic"] == pytest.approx(expected)
 
 
 def test_inner_product_test_along_a_direction():

@@ -14,11 +14,41 @@ LINEAR = "batch=linear"
 CRITICAL = ["batch=critical", "batch.measured_tokens=[10k,20k]", "batch.measured_sizes=[10,20]"]
 SEESAW = ["batch=seesaw", "lr.cut_factor=1.1", "lr.batch_scaling=sqrt"]
 DDP = "parallel=ddp"
+SAMPLE = "batch.estimator=sample"
+DIGITS = ["model=logistic", "data=digits", "data.sequence_length=1"]
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["batch=norm_test", SAMPLE],
+            "model=tiny: gradients of single samples are those of labelled ones. Use batch.estimator=microbatch; "
+            "with data.micro_batch=1",
+        ),
+        (
+            ["batch=norm_test", SAMPLE, *DIGITS, "parallel=fsdp"],
+            "which parallel=fsdp spreads. Use parallel=single or parallel=ddp, or batch.estimator=microbatch",
+        ),
+        ([INNER, SAMPLE, *DIGITS, "parallel.compile=true"], "Use parallel.compile=false"),
+        ([INNER, SAMPLE, *DIGITS, "parallel.precision=bfloat16"], "Use parallel.precision=float32"),
+        ([INNER, SAMPLE, *DIGITS, "model.loss=auc"], "model.loss=auc: its gradient is more than"),
+        (
+            ["batch=norm_test", SAMPLE, *DIGITS, "batch.measured_units=2"],
+            "batch.measured_units=2: counts micro-batches; batch.estimator=sample needs it to be null",
+        ),
+        (
+            ["batch=norm_test", SAMPLE, *DIGITS, "batch.size=1", "data.micro_batch=1"],
+            "batch.size=1: the variance needs two samples. Nearest batch.size: 2",
+        ),
+        (
+            [INNER, SAMPLE, *DIGITS, DDP, "sync=local_sgd"],
+            "not of samples. Use batch.direction=in_sample batch.estimator=worker",
+        ),
+        (
+            [INNER, SAMPLE, *DIGITS, DDP, "sync=local_sgd", "batch.direction=in_sample"],
+            "not of samples. Use batch.estimator=worker",
+        ),
         (
             ["batch=stages", "batch.fractions=[0.5,0.4,0.2]"],
             "sum to 1.1, they must sum to 1; [0.5, 0.4, 0.1] does",

@@ -1,0 +1,220 @@
+"""Units = single samples: exact norms, products with a direction, and variances of coordinates.
+
+Hooks see what goes into each layer and the gradient of what comes out; from these follow the sums over
+samples that tests need (layers.py), in the ordinary backward pass. Products ⟨g_i, d⟩ with a direction, also
+with the step's own mean gradient, which is known at its end alone, are one forward pass more: with J_i the
+Jacobian of a sample's logits, ⟨∇ℓ_i, d⟩ = ⟨∂ℓ_i/∂logits, J_i d⟩, and forward-mode differentiation gives
+J_i d. For this the inputs of a step are kept, and the gradients of its logits.
+
+The penalty `l2`/2 ‖w‖² in the loss of every sample adds l2·w to every g_i: no variance, and its part of all
+sums is known in closed form.
+
+Cost, of ResNet-18: half a plain step for norms, another step for products. Memory: a few million elements at
+a time. With variances of coordinates: one more copy of the gradient, and its sum over ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.gradients.coordinates import SIZE, add_coordinates, coordinates_of
+from pipeline.gradients.direction import Direction
+from pipeline.gradients.layers import Layer, layers_of
+from pipeline.gradients.norms import SquaredNorm, inner_products
+from pipeline.gradients.statistics import GradientStatistics, SampleProducts
+from pipeline.parallel._ranks import Ranks
+
+
+class SampleCapture:
+    """Σ‖g_i‖² over the samples of one step, Σ⟨g_i, d⟩ and Σ⟨g_i, d⟩², and Σ g_i² of every coordinate."""
+
+    whole = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        l2: float = 0.0,
+        direction: Direction | None = None,
+        coordinates: bool = False,
+    ) -> None:
+        self._model = model.module if isinstance(model, DistributedDataParallel) else model
+        self._ranks, self._l2, self._direction = ranks, l2, direction
+        self._parameters = list(self._model.parameters())
+        self._norm = SquaredNorm(self._parameters, 1, ranks.device)
+        self._sum_sq_norm = torch.zeros((), dtype=torch.float64, device=ranks.device)
+        self._squares: dict[Tensor, Tensor] | None = None  # Σ_i of each coordinate, by parameter
+        if coordinates:
+            self._squares = {
+                parameter: torch.zeros_like(parameter.detach()) for parameter in self._parameters
+            }
+        self._recording = False  # what goes through the layers
+        self._active = False  # a unit's gradients
+        self._waiting: set[nn.Module] = set()  # layers that have not seen theirs
+        self._kept: list[tuple[Tensor, Tensor]] = []  # inputs of the model, gradients of its outputs
+        self._layers = layers_of(self._model)
+        for module, layer in self._layers.items():
+            module.register_forward_hook(self._seeing(layer))
+        self._model.register_forward_hook(self._keep)
+
+    @property
+    def saved(self) -> Mapping[str, Tensor]:
+        """What a checkpoint must hold of it."""
+        return self._direction.saved if self._direction else {}
+
+    # --- in both passes
+
+    def _seeing(self, layer: Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def forward(module: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+            if not self._recording:
+                return
+            own_inputs = inputs[0].detach()
+
+            @torch.no_grad()
+            def backward(deltas: Tensor) -> None:
+                if self._active:
+                    # A layer that is used twice has the sum of two parts as its gradient.
+                    assert module in self._waiting, "a layer received two gradients"
+                    self._waiting.remove(module)
+                    self._add(module, layer, own_inputs, deltas)
+
+            outputs.register_hook(backward)
+
+        return forward
+
+    def _add(self, module: nn.Module, layer: Layer, inputs: Tensor, deltas: Tensor) -> None:
+        if self._squares is None:
+            self._sum_sq_norm += layer.sum_sq_norm(inputs, deltas)
+            return
+        squares = layer.sum_squares(inputs, deltas)
+        for parameter, added in zip(module.parameters(recurse=False), squares, strict=True):
+            self._squares[parameter] += added
+
+    def _keep(self, model: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        if not (self._recording and self._direction):
+            return
+
+        def backward(deltas: Tensor) -> None:
+            if self._active:
+                self._kept.append((inputs[0], deltas.clone()))
+
+        outputs.register_hook(backward)
+
+    # --- one step
+
+    def start_step(self, counts: Sequence[int]) -> None:
+        """`counts`: samples of each micro-batch of the step, over all ranks."""
+        self._counts, self._samples = counts, sum(counts)
+        # What the loss of a sample was multiplied with.
+        self._scale = self._ranks.loss_scale(1, of=self._samples)
+        self._sum_sq_norm.zero_()
+        self._kept.clear()
+        for squares in (self._squares or {}).values():
+            squares.zero_()
+        self._recording = True
+
+    @contextlib.contextmanager
+    def unit(self, index: int) -> Iterator[None]:
+        """Around the backward pass of micro-batch `index` of the step, of its share of the mean loss."""
+        # At the end of the budget this rank may have no share in the last micro-batches.
+        self._active = index < len(self._counts) and self._counts[index] > 0
+        self._waiting = set(self._layers)
+        try:
+            yield
+            assert not (self._active and self._waiting), "a layer received no gradient"
+        finally:
+            self._active = False
+
+    @torch.no_grad()
+    def sums(self) -> Tensor:
+        """This rank's part of what `statistics` needs, float64; to be summed over all ranks. Called when
+        `.grad` is complete and before it is clipped."""
+        self._recording = False
+        parts = [self._whole_sq_norm().view(1)]
+        if self._squares is not None:
+            parts.append(self._coordinate_sums(self._squares))
+        if self._direction:
+            parts.append(self._product_sums(self._direction))
+            self._direction.step_done()
+        return torch.cat(parts)
+
+    def _whole_sq_norm(self) -> Tensor:
+        """Σ‖g_i‖² of this rank's samples."""
+        of_losses = self._sum_sq_norm
+        if self._squares is not None:
+            of_losses = torch.stack([own.sum(dtype=torch.float64) for own in self._squares.values()]).sum()
+        of_losses = of_losses / self._scale**2
+        if not self._l2:
+            return of_losses
+        # Σ‖∇ℓ_i + l2 w‖² = Σ‖∇ℓ_i‖² + n (2 l2 ⟨g, w⟩ − l2² ‖w‖²), once over all ranks
+        means = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        product, squared = self._product(self._parameters, means), self._norm(self._parameters)
+        gained = 2 * self._l2 * product - self._l2**2 * squared
+        return of_losses + self._samples / self._ranks.world_size * gained
+
+    def _product(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+        """⟨·, ·⟩ of two vectors like the model's parameters: float64 scalar."""
+        pairs = zip(ours, theirs, strict=True)
+        return torch.cat([inner_products(a.reshape(1, -1), b.reshape(-1)) for a, b in pairs]).sum()
+
+    def _product_sums(self, direction: Direction) -> Tensor:
+        """‖d‖², Σ⟨g_i, d⟩ and Σ⟨g_i, d⟩²; all 0 while there is no direction."""
+        if not direction.known:
+            return torch.zeros(3, dtype=torch.float64, device=self._ranks.device)
+        parts = direction.parts()
+        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
+        tangents = dict(zip(weights, parts, strict=True))
+        shift = self._l2 * self._product(self._parameters, parts) if self._l2 else 0.0
+        sums = torch.zeros(3, dtype=torch.float64, device=self._ranks.device)
+        sums[0] = self._norm(parts) / self._ranks.world_size
+        for inputs, deltas in self._kept:
+
+            def logits(w: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
+                outputs: Tensor = functional_call(self._model, w, (inputs,))
+                return outputs
+
+            moved = jvp(logits, (weights,), (tangents,))[1]
+            products = (deltas.double() * moved).sum(1) / self._scale + shift
+            sums[1] += products.sum()
+            sums[2] += products.square().sum()
+        self._kept.clear()
+        return sums
+
+    def _coordinate_sums(self, squares: Mapping[Tensor, Tensor]) -> Tensor:
+        """Of the squares of all ranks, which rank 0 sums."""
+        sums = torch.zeros(SIZE, dtype=torch.float64, device=self._ranks.device)
+        for parameter, own in squares.items():
+            if self._ranks.world_size > 1:
+                dist.reduce(own, dst=0)
+            if self._ranks.is_main and parameter.grad is not None:
+                mean = parameter.grad.flatten().double()
+                of_losses = mean - self._l2 * parameter.flatten()  # the mean of what varies
+                squares_of_losses = own.flatten().double() / self._scale**2
+                variance = (squares_of_losses - self._samples * of_losses**2) / (self._samples - 1)
+                add_coordinates(sums, variance.clamp_(min=0), mean, torch.ones_like(variance))
+        return sums
+
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
+        sum_sq_norm, *rest = sums
+        coordinates = along = None
+        if self._squares is not None:
+            coordinates, rest = coordinates_of(rest[:SIZE]), rest[SIZE:]
+        if self._direction and rest[0] > 0:
+            sq_norm, total, squares = rest
+            along = SampleProducts(self._samples, total, squares, sq_norm)
+        return GradientStatistics(
+            units=self._samples,
+            sequences=self._samples,
+            sum_weighted_sq_norm=sum_sq_norm,
+            sum_sq_norm=sum_sq_norm,
+            mean_sq_norm=mean_sq_norm,
+            along=along,
+            coordinates=coordinates,
+        )
