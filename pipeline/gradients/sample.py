@@ -1,22 +1,25 @@
 """Units = single samples: exact norms, products with a direction, and variances of coordinates.
 
-Hooks see what goes into each layer and the gradient of what comes out; from these follow the sums over
-samples that tests need (layers.py), in the ordinary backward pass. Products ⟨g_i, d⟩ with a direction, also
-with the step's own mean gradient, which is known at its end alone, are one forward pass more: with J_i the
-Jacobian of a sample's logits, ⟨∇ℓ_i, d⟩ = ⟨∂ℓ_i/∂logits, J_i d⟩, and forward-mode differentiation gives
-J_i d. For this the inputs of a step are kept, and the gradients of its logits.
+Hooks see the inputs a_i of each layer and the gradients δ_i of its outputs; from these follow the sums over
+samples that tests need (layers.py), in the ordinary backward pass. Products ⟨g_i, d⟩ are due at the end of
+the step, when its own mean gradient is known as well. Layers are linear in their parameters, so a product is
+the sum over layers of ⟨δ_i, layer(a_i) with the parameters d⟩, with a_i and δ_i kept until then. A step that
+has too many of them keeps the model's inputs alone, and the gradients of its logits: with J_i the Jacobian of
+a sample's logits, ⟨∇ℓ_i, d⟩ = ⟨∂ℓ_i/∂logits, J_i d⟩, and one more pass, differentiated forwards, gives J_i d.
 
 The penalty `l2`/2 ‖w‖² in the loss of every sample adds l2·w to every g_i: no variance, and its part of all
 sums is known in closed form.
 
-Cost, of ResNet-18: half a plain step for norms, another step for products. Memory: a few million elements at
-a time. With variances of coordinates: one more copy of the gradient, and its sum over ranks.
+Cost, of ResNet-18: half a plain step for norms; for products a third, or a whole one with too many samples.
+Memory: at most KEPT_ELEMENTS for products, and a few million elements at a time. With variances of
+coordinates: one more copy of the gradient, and its sum over ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -30,6 +33,17 @@ from pipeline.gradients.layers import Layer, layers_of
 from pipeline.gradients.norms import SquaredNorm, inner_products
 from pipeline.gradients.statistics import GradientStatistics, SampleProducts
 from pipeline.parallel._ranks import Ranks
+
+KEPT_ELEMENTS = 2**27  # inputs of layers and gradients of their outputs, of one step on a rank: 512 MiB
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """What products with the gradients of one micro-batch's samples follow from."""
+
+    inputs: Tensor  # of the model
+    deltas: Tensor  # gradients of its outputs
+    layers: list[tuple[nn.Module, Tensor, Tensor]]  # the same of all layers; none where there was no room
 
 
 class SampleCapture:
@@ -58,7 +72,9 @@ class SampleCapture:
         self._recording = False  # what goes through the layers
         self._active = False  # a unit's gradients
         self._waiting: set[nn.Module] = set()  # layers that have not seen theirs
-        self._kept: list[tuple[Tensor, Tensor]] = []  # inputs of the model, gradients of its outputs
+        self._of_layers: list[tuple[nn.Module, Tensor, Tensor]] = []  # in this unit
+        self._kept: list[_Unit] = []  # of this step, for products
+        self._room = 0  # elements of layers that it may still keep
         self._layers = layers_of(self._model)
         for module, layer in self._layers.items():
             module.register_forward_hook(self._seeing(layer))
@@ -90,6 +106,9 @@ class SampleCapture:
         return forward
 
     def _add(self, module: nn.Module, layer: Layer, inputs: Tensor, deltas: Tensor) -> None:
+        if self._direction and self._room > 0:
+            self._room -= inputs.numel() + deltas.numel()
+            self._of_layers.append((module, inputs, deltas))
         if self._squares is None:
             self._sum_sq_norm += layer.sum_sq_norm(inputs, deltas)
             return
@@ -103,7 +122,7 @@ class SampleCapture:
 
         def backward(deltas: Tensor) -> None:
             if self._active:
-                self._kept.append((inputs[0], deltas.clone()))
+                self._of_model = inputs[0], deltas
 
         outputs.register_hook(backward)
 
@@ -116,6 +135,7 @@ class SampleCapture:
         self._scale = self._ranks.loss_scale(1, of=self._samples)
         self._sum_sq_norm.zero_()
         self._kept.clear()
+        self._room = KEPT_ELEMENTS
         for squares in (self._squares or {}).values():
             squares.zero_()
         self._recording = True
@@ -125,10 +145,12 @@ class SampleCapture:
         """Around the backward pass of micro-batch `index` of the step, of its share of the mean loss."""
         # At the end of the budget this rank may have no share in the last micro-batches.
         self._active = index < len(self._counts) and self._counts[index] > 0
-        self._waiting = set(self._layers)
+        self._waiting, self._of_layers = set(self._layers), []
         try:
             yield
             assert not (self._active and self._waiting), "a layer received no gradient"
+            if self._active and self._direction:
+                self._kept.append(_Unit(*self._of_model, self._of_layers if self._room > 0 else []))
         finally:
             self._active = False
 
@@ -169,23 +191,40 @@ class SampleCapture:
         if not direction.known:
             return torch.zeros(3, dtype=torch.float64, device=self._ranks.device)
         parts = direction.parts()
-        weights = {name: parameter.detach() for name, parameter in self._model.named_parameters()}
-        tangents = dict(zip(weights, parts, strict=True))
+        by_parameter = dict(zip(self._parameters, parts, strict=True))
         shift = self._l2 * self._product(self._parameters, parts) if self._l2 else 0.0
         sums = torch.zeros(3, dtype=torch.float64, device=self._ranks.device)
         sums[0] = self._norm(parts) / self._ranks.world_size
-        for inputs, deltas in self._kept:
-
-            def logits(w: dict[str, Tensor], inputs: Tensor = inputs) -> Tensor:
-                outputs: Tensor = functional_call(self._model, w, (inputs,))
-                return outputs
-
-            moved = jvp(logits, (weights,), (tangents,))[1]
-            products = (deltas.double() * moved).sum(1) / self._scale + shift
+        for unit in self._kept:
+            of_losses = self._by_layers if unit.layers else self._by_jacobian
+            products = of_losses(unit, by_parameter).double() / self._scale + shift
             sums[1] += products.sum()
             sums[2] += products.square().sum()
         self._kept.clear()
         return sums
+
+    def _by_layers(self, unit: _Unit, direction: Mapping[Tensor, Tensor]) -> Tensor:
+        """⟨∇ℓ_i, d⟩, scaled as the loss was, [n]."""
+        products = torch.zeros(len(unit.inputs), dtype=torch.float64, device=self._ranks.device)
+        for module, inputs, deltas in unit.layers:
+            own = {name: direction[parameter] for name, parameter in module.named_parameters()}
+            products += (functional_call(module, own, (inputs,)) * deltas).flatten(1).sum(1)
+        return products
+
+    def _by_jacobian(self, unit: _Unit, direction: Mapping[Tensor, Tensor]) -> Tensor:
+        """The same without the layers."""
+
+        def logits(weights: dict[str, Tensor]) -> Tensor:
+            outputs: Tensor = functional_call(self._model, weights, (unit.inputs,))
+            return outputs
+
+        named = dict(self._model.named_parameters())
+        weights = {name: parameter.detach() for name, parameter in named.items()}
+        moved = jvp(logits, (weights,), ({name: direction[parameter] for name, parameter in named.items()},))[
+            1
+        ]
+        products: Tensor = (unit.deltas * moved).sum(1)
+        return products
 
     def _coordinate_sums(self, squares: Mapping[Tensor, Tensor]) -> Tensor:
         """Of the squares of all ranks, which rank 0 sums."""

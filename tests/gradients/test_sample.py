@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import pipeline.gradients.layers
+import pipeline.gradients.sample
 from pipeline.batch._interface import Needs
 from pipeline.config import Config
 from pipeline.gradients.capture import capture_for
@@ -116,6 +117,21 @@ def seen(rank: int, overrides: list[str]) -> list[GradientStatistics]:
     return found
 
 
+def elements_of_unit(overrides: list[str]) -> int:
+    """Of the layers' inputs and outputs, for one micro-batch."""
+    model = Trial(config(*overrides, *STEP)).model
+    elements = 0
+
+    def count(module: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> None:
+        nonlocal elements
+        elements += inputs[0].numel() + outputs.numel()
+
+    for module in layers_of(model):
+        module.register_forward_hook(count)
+    model(Trial(config(*overrides, *STEP)).samples(0, MICRO)[0])
+    return elements
+
+
 def assert_true(overrides: list[str], found: list[GradientStatistics]) -> None:
     in_sample, previous, coordinates = found
     trial = Trial(config(*overrides, *STEP, "parallel=single"))
@@ -153,10 +169,15 @@ def assert_true(overrides: list[str], found: list[GradientStatistics]) -> None:
         assert -0.01 < bound - np.quantile(octaves, share, method="inverted_cdf") < 1.5 / BINS_PER_OCTAVE
 
 
+@pytest.mark.parametrize("room", ["for all", "for some", "for none"])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_one_process(problem: str, monkeypatch: pytest.MonkeyPatch):
+def test_one_process(problem: str, room: str, monkeypatch: pytest.MonkeyPatch):
+    """Products from kept layers, from the Jacobian of the logits, and from both in one step."""
     # A few samples of a micro-batch at a time
     monkeypatch.setattr(pipeline.gradients.layers, "ELEMENTS", 2 * 9 * 64)
+    if room != "for all":
+        some = 1.5 * elements_of_unit(PROBLEMS[problem])
+        monkeypatch.setattr(pipeline.gradients.sample, "KEPT_ELEMENTS", some if room == "for some" else 0)
     assert_true(PROBLEMS[problem], seen(0, PROBLEMS[problem]))
 
 
