@@ -48,6 +48,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.sweep
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.statistics
+	$(BIN)/python -m benchmarks.tests_cost
 	$(BIN)/python -m benchmarks.analysis
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.projection

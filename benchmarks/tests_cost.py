@@ -1,6 +1,6 @@
 """What one test of the batch costs on small problems, beside gradients of all samples by vmap on a copy.
 
-    python -m benchmarks.tests_cost [--rounds 4] [--json] [--only logistic cnn resnet18]
+    python -m benchmarks.tests_cost [--rounds 3] [--json] [--only logistic cnn resnet18]
 
 The norm test and the augmented inner-product test, each in three ways: from our unit statistics (micro-
 batches, along the momentum), from our exact ones (single samples, along the step's own gradient), and as one
@@ -210,7 +210,7 @@ def measure(names: Sequence[str], rounds: int, aloud: bool) -> dict[str, dict[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--only", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
     arguments = parser.parse_args()

@@ -2,13 +2,14 @@
 
 What a test needs of them are sums over samples, and those need no gradient of the model for each sample. A
 linear layer's is the outer product δ_i a_iᵀ, and ‖δ_i a_iᵀ‖² = ‖δ_i‖²‖a_i‖² (Goodfellow 2015, arXiv
-1510.01799). A convolution's is D_i U_iᵀ, with U_i the patches of the input [inputs of an output, positions]
-and D_i the gradient of the output [outputs, positions]; its squared norm is also Σ (U_iᵀU_i) ∘ (D_iᵀD_i) over
-pairs of positions, which is cheaper where an image has few.
+1510.01799). A convolution's is D_i U_iᵀ, with D_i the gradient of the output [outputs, positions] and U_i the
+inputs that each element of the kernel meets at each position [kernel × channels, positions]; its squared norm
+is also Σ (U_iᵀU_i) ∘ (D_iᵀD_i) over pairs of positions, which is cheaper where an image has few.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ELEMENTS = 2**21  # of what a convolution unfolds at a time
+ELEMENTS = 2**21  # of a temporary result for some of the samples
 
 
 class Layer(Protocol):
@@ -71,43 +72,53 @@ class _Convolution:
     """inputs [n, channels, height, width] -> [n, out, height', width']"""
 
     def __init__(self, module: nn.Conv2d) -> None:
-        # Patches of groups, or with other padding than zeros, are not those of unfold.
         assert module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        self._module, self._bias = module, module.bias is not None
+        self._module, self._padding, self._bias = module, module.padding, module.bias is not None
 
     def sum_sq_norm(self, inputs: Tensor, deltas: Tensor) -> Tensor:
-        outputs, fan_in, positions = self._sizes(deltas)
+        outputs, channels, *kernel = self._module.weight.shape
+        positions, fan_in = deltas[0, 0].numel(), channels * math.prod(kernel)
         by_position = positions * (outputs + fan_in) < outputs * fan_in  # fewer multiplications
         total = torch.zeros((), dtype=torch.float64, device=deltas.device)
-        for patches, d in self._parts(inputs, deltas):
+        for some, d in self._parts(inputs, deltas, positions**2 if by_position else outputs * channels):
             if by_position:
-                total += (patches.mT @ patches).mul_(d.mT @ d).sum(2).sum(dtype=torch.float64)
+                products = torch.zeros_like(d.mT @ d)
+                for x in self._under_kernel(some, deltas):
+                    products.baddbmm_(x.mT, x)
+                total += products.mul_(d.mT @ d).sum(2).sum(dtype=torch.float64)
             else:
-                total += _squared(torch.linalg.vector_norm(d @ patches.mT, dim=2)).sum()
+                for x in self._under_kernel(some, deltas):
+                    total += _squared(torch.linalg.vector_norm(d @ x.mT, dim=2)).sum()
             if self._bias:
                 total += _squared(d.sum(2)).sum()
         return total
 
     def sum_squares(self, inputs: Tensor, deltas: Tensor) -> list[Tensor]:
-        weight = torch.zeros_like(self._module.weight).flatten(1)
-        bias = weight.new_zeros(len(weight))
-        for patches, d in self._parts(inputs, deltas):
-            weight += (d @ patches.mT).square_().sum(0)
+        outputs, channels, *kernel = self._module.weight.shape
+        weight, bias = deltas.new_zeros(math.prod(kernel), outputs, channels), deltas.new_zeros(outputs)
+        for some, d in self._parts(inputs, deltas, outputs * channels):
+            for total, x in zip(weight, self._under_kernel(some, deltas), strict=True):
+                total += (d @ x.mT).square_().sum(0)
             bias += d.sum(2).square_().sum(0)
-        return [weight.view_as(self._module.weight), *([bias] if self._bias else [])]
+        weight = weight.view(*kernel, outputs, channels).permute(2, 3, 0, 1)
+        return [weight, *([bias] if self._bias else [])]
 
-    def _sizes(self, deltas: Tensor) -> tuple[int, int, int]:
-        """(outputs, inputs of an output, positions)"""
-        return deltas.shape[1], self._module.weight[0].numel(), deltas.shape[2] * deltas.shape[3]
+    @staticmethod
+    def _parts(inputs: Tensor, deltas: Tensor, elements: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(inputs [m, …], D [m, outputs, positions]) of some samples at a time, of which each takes so many
+        `elements`."""
+        count = max(1, ELEMENTS // elements)
+        yield from zip(inputs.split(count), deltas.flatten(2).split(count), strict=True)
 
-    def _parts(self, inputs: Tensor, deltas: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """(U [m, inputs of an output, positions], D [m, outputs, positions]) of a few samples at a time."""
+    def _under_kernel(self, inputs: Tensor, deltas: Tensor) -> Iterator[Tensor]:
+        """For each element of the kernel, the inputs that it meets: [m, channels, positions]."""
         module = self._module
-        outputs, fan_in, positions = self._sizes(deltas)
-        count = max(1, ELEMENTS // max(fan_in * positions, outputs * fan_in))
-        for some, d in zip(inputs.split(count), deltas.flatten(2).split(count), strict=True):
-            patches = F.unfold(some, module.kernel_size, module.dilation, module.padding, module.stride)  # type: ignore[arg-type]
-            yield patches, d
+        (top, left), (down, right) = self._padding, module.stride
+        image = F.pad(inputs, (left, left, top, top))
+        height, width = down * (deltas.shape[2] - 1) + 1, right * (deltas.shape[3] - 1) + 1
+        for i in range(0, module.kernel_size[0] * module.dilation[0], module.dilation[0]):
+            for j in range(0, module.kernel_size[1] * module.dilation[1], module.dilation[1]):
+                yield image[:, :, i : i + height : down, j : j + width : right].flatten(2)
 
 
 class _GroupNorm:

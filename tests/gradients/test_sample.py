@@ -27,9 +27,9 @@ from tests.distributed import column, gloo_ranks, ranks_of, train_here
 from tests.meshes import MESHES
 from tests.support import config
 
-# 11 samples in micro-batches of 3, the last one short; on two ranks, the second has fewer.
-MICRO, SAMPLES = 3, 11
-COUNTS = [3, 3, 3, 2]
+# 14 samples in micro-batches of 3, the last one short, and on two ranks the second has no share in the last round
+MICRO, SAMPLES = 3, 14
+COUNTS = [3, 3, 3, 3, 2]
 
 PROBLEMS = {
     "binary": ["model=logistic", "model.loss=binary", "data=breast_cancer", "data.standardise=true"],
