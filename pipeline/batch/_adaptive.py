@@ -192,7 +192,7 @@ def check_shows_samples(config: Config) -> list[str]:
         )
     elif config.model.loss == "auc":
         problems.append(
-            f"{chosen} model.loss=auc: its gradient is more than that of single samples' logits. "
+            f"{chosen} model.loss=auc: the saddle point's own parameters lie in no layer of the model. "
             f"Use batch.estimator=microbatch"
         )
     if not strategy_class(parallel.strategy).shows_samples:

@@ -32,7 +32,7 @@ DIGITS = ["model=logistic", "data=digits", "data.sequence_length=1"]
         ),
         ([INNER, SAMPLE, *DIGITS, "parallel.compile=true"], "Use parallel.compile=false"),
         ([INNER, SAMPLE, *DIGITS, "parallel.precision=bfloat16"], "Use parallel.precision=float32"),
-        ([INNER, SAMPLE, *DIGITS, "model.loss=auc"], "model.loss=auc: its gradient is more than"),
+        ([INNER, SAMPLE, *DIGITS, "model.loss=auc"], "model.loss=auc: the saddle point's own"),
         (
             ["batch=norm_test", SAMPLE, *DIGITS, "batch.measured_units=2"],
             "batch.measured_units=2: counts micro-batches; batch.estimator=sample needs it to be null",
