@@ -191,8 +191,8 @@ def show(name: str, seconds: Seconds, figures: dict[str, dict[str, Any]]) -> Non
             if times is not None:
                 verdict = f"vmap {times:.1f}×, target ≥ {target:g}  {'met' if times >= target else 'MISSED'}"
             print(
-                f"  {test + ', ' + way:26} +{cost['cost']:.3f}  [{cost['q1']:.3f}, {cost['q3']:.3f}]  "
-                f"processor time +{cost['processor']:.3f}  fastest +{cost['fastest']:.3f}  {verdict}",
+                f"  {test + ', ' + way:26} {cost['cost']:+.3f}  [{cost['q1']:.3f}, {cost['q3']:.3f}]  "
+                f"processor time {cost['processor']:+.3f}  fastest {cost['fastest']:+.3f}  {verdict}",
                 flush=True,
             )
 
