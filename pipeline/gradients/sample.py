@@ -135,7 +135,6 @@ class SampleCapture:
         # What the loss of a sample was multiplied with.
         self._scale = self._ranks.loss_scale(1, of=self._samples)
         self._sum_sq_norm.zero_()
-        self._kept.clear()
         self._room = KEPT_ELEMENTS
         for squares in (self._squares or {}).values():
             squares.zero_()
@@ -166,6 +165,7 @@ class SampleCapture:
         if self._direction:
             parts.append(self._product_sums(self._direction))
             self._direction.step_done()
+        self._kept.clear()
         return torch.cat(parts)
 
     def _whole_sq_norm(self) -> Tensor:
@@ -201,7 +201,6 @@ class SampleCapture:
             products = of_losses(unit, by_parameter).double() / self._scale + shift
             sums[1] += products.sum()
             sums[2] += products.square().sum()
-        self._kept.clear()
         return sums
 
     def _by_layers(self, unit: _Unit, direction: Mapping[Tensor, Tensor]) -> Tensor:
