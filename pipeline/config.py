@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import pipeline.batch as batch_schedules
-import pipeline.samples as labelled_samples
 import pipeline.optim as optimizers
 import pipeline.parallel as strategies
+import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
 from pipeline.batch import BatchPlan
 
@@ -702,6 +702,11 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
     problems = []
     if model.l2 < 0:
         problems.append(f"model.l2={model.l2}: must not be negative")
+    if model.l2 and model.loss == "auc":
+        problems.append(
+            f"model.l2={model.l2}: would also pull the saddle point's own parameters of model.loss=auc. Use "
+            f"model.l2=0 and optim.weight_decay"
+        )
     if any(width <= 0 for width in model.widths):
         problems.append(f"model.widths={model.widths}: each must be above 0")
     if model.kind == "logistic" and model.widths:
@@ -762,7 +767,11 @@ def _check_data(config: Config) -> list[str]:
     if unknown := _one_of("data.source", data.source, [*TEXT_SOURCES, *labelled]):
         return unknown
     if isinstance(config.model, LlamaConfig) != (data.source in TEXT_SOURCES):
-        fitting = "data=stdlib or data=text" if isinstance(config.model, LlamaConfig) else f"data={'|'.join(labelled)}"
+        fitting = (
+            "data=stdlib or data=text"
+            if isinstance(config.model, LlamaConfig)
+            else f"data={'|'.join(labelled)}"
+        )
         problems.append(
             f"model={config.model.name} data={data.source}: a language model learns from text, the others "
             f"from labelled samples. Use {fitting} with this model"
@@ -834,7 +843,7 @@ def check_replicas(config: Config) -> list[str]:
         )
     if optimizers.one_model(config.optim):
         problems.append(
-            f"optim={config.optim.name} sync={sync.method}: it evaluates the one model of all ranks again, or "
+            f"optim={config.optim.name} sync={sync.method}: it evaluates one model of all ranks again, or "
             f"averages it, and replicas are models of their own. Use sync=allreduce or another optim"
         )
     needs = batch_schedules.schedule_class(batch.schedule)(config).needs

@@ -63,7 +63,11 @@ def identity_fields(config: Config) -> dict[str, Any]:
 
 def settings_read(source: str) -> frozenset[str]:
     """Of the settings of the data group that not all sources read, those that this one does."""
-    return frozenset(["field"]) if source in TEXT_SOURCES else labelled_samples.settings(source) | {"standardise"}
+    return (
+        frozenset(["field"])
+        if source in TEXT_SOURCES
+        else labelled_samples.settings(source) | {"standardise"}
+    )
 
 
 def run_id(config: Config) -> str:

@@ -453,8 +453,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Means over the targets of the first `eval.sequences` held-out sequences; of replicas, those of their
-        mean. Beside them, under `_averaged`, those of the mean of iterates, where there is one."""
+        """Means over the targets of the first `eval.sequences` held-out sequences; of replicas, those of
+        their mean. Beside them, as `…_averaged`, those of the mean of iterates, where there is one."""
         with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
             evaluated = self._evaluated()
         beside = {}
@@ -469,9 +469,9 @@ class Trainer:
 
     def _evaluated(self) -> dict[str, float]:
         """By metric."""
-        held_out, metrics = self.problem.held_out, self.problem.evaluated
+        held_out = self.problem.held_out
         total = min(self.config.eval.sequences, held_out.sequences_per_epoch)
-        sums = torch.zeros(len(metrics), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(self.problem.sums, dtype=torch.float64, device=self.device)
         for start, count in self._units(0, total, (self.ranks.data_rank,)):
             with self.strategy.loss(), self.strategy.autocast():
                 # Also without a share: sharded parameters are gathered by all ranks together.
@@ -479,8 +479,8 @@ class Trainer:
                 unit_sums = self.problem.evaluate(self.model, *batch)
             sums += unit_sums if count else 0
         self.strategy.release(self.model)
-        totals = self.ranks.sum(sums / self.ranks.tensor_ranks)
-        return {name: value / (total * self.length) for name, value in zip(metrics, totals, strict=True)}
+        totals = torch.tensor(self.ranks.sum(sums / self.ranks.tensor_ranks), dtype=torch.float64)
+        return self.problem.metrics(totals, total * self.length)
 
     @torch.no_grad()
     def save(self) -> None:

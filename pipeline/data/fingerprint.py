@@ -7,8 +7,8 @@ import hashlib
 import os
 import platform
 
-from pipeline.config import TEXT_SOURCES, DataConfig
 from pipeline import samples
+from pipeline.config import TEXT_SOURCES, DataConfig
 from pipeline.data import hub
 from pipeline.data.sources import corpus_files
 from pipeline.data.tokenizers import content_id
@@ -32,7 +32,7 @@ def fingerprint(data: DataConfig) -> str:
 
 
 def of_files(paths: list[str]) -> str:
-    """"text-" and 16 hex digits over the size, the first and the last 64 KiB of each file in order."""
+    """ "text-" and 16 hex digits over the size, the first and the last 64 KiB of each file in order."""
     return _text_fingerprint(tuple((path, *_size_and_time(path)) for path in paths))
 
 

@@ -33,7 +33,7 @@ class AdaGradNorm(Evaluating):
 
 
 class RowAdaGradNorm(torch.optim.Optimizer):
-    """A sum for each row of a matrix (for a kernel: each output channel), and for each element of a vector."""
+    """A sum for each row of a matrix (of a kernel: each output channel), and for each element of a vector."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, accumulator: float, delayed: bool) -> None:
         super().__init__(parameters, {"lr": lr, "delayed": delayed})

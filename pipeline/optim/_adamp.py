@@ -16,10 +16,10 @@ from pipeline.gradients.dtensor import row_sums, whole
 class AdamP(torch.optim.Optimizer):
     """u = (m/(1 − β₁ᵗ)) / (√(v/(1 − β₂ᵗ)) + ε); w ← (1 − lr λ r) w − lr u.
 
-    A weight of several dimensions whose gradient is nearly orthogonal to it, as that of a weight before a norm is,
-    has the part of u along it taken out, u ← u − ŵ⟨ŵ, u⟩, and r = `decay_ratio`; else r = 1. Looked at by output
-    unit first: the largest |cos(g, w)| of all must be below δ/√n, with n elements each. Then as a whole. Algorithm
-    1 of the paper, in the form of the authors' code: ŵ = w/(‖w‖ + ε).
+    A weight of several dimensions whose gradient is nearly orthogonal to it, as that of a weight before a
+    norm is, has the part of u along it taken out, u ← u − ŵ⟨ŵ, u⟩, and r = `decay_ratio`; else r = 1. Looked
+    at by output unit first: the largest |cos(g, w)| of all must be below δ/√n, with n elements each. Then as
+    a whole. In the form of the authors' code: ŵ = w/(‖w‖ + ε).
     """
 
     def __init__(self, parameters: Iterable[Tensor], config: OptimConfig) -> None:

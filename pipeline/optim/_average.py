@@ -15,9 +15,10 @@ class Average:
     """w̄ ← (n w̄ + w)/(n + 1) after steps that pass a multiple of `optim.average_interval_tokens`, counted from
     `optim.average_start` of the planned budget on.
 
-    With `optim.average_restart_tokens` the run goes on from w̄ after so many tokens, with the moments it has, and
-    the next mean begins with the next iterate: the periodic form of Guo, Jin, Liu 2022 (arXiv 2201.00519), which
-    helps while the iterates have not converged. The last mean is left for the evaluation.
+    With `optim.average_restart_tokens` the run goes on from w̄ after so many tokens, with the moments it has,
+    and the next mean begins with the next iterate: the periodic form of Guo, Jin, Liu 2022 (arXiv
+    2201.00519), which helps while the iterates have not converged. Their text was not at hand; whether they
+    keep moments is not known here. The last mean is left for the evaluation.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: Config) -> None:
@@ -32,7 +33,7 @@ class Average:
 
     @torch.no_grad()
     def observe(self, before: int, after: int, count: int) -> int:
-        """A step led from `before` tokens to `after`, and `count` iterates are in the mean: how many are now."""
+        """A step led from `before` tokens to `after`. `count` iterates were in the mean: how many are now."""
         if self._passed(before, after, self._interval or 1):
             count += 1
             for mean, weight in zip(self._means, self._weights, strict=True):

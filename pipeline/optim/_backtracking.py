@@ -10,18 +10,18 @@ from torch import Tensor
 from pipeline.optim._evaluation import Evaluating, Evaluation
 
 GROWTH = 1.5  # of L, at each trial that fails
-# Losses are sums in float32: of a decrease below this share of the loss rounding shows as much as the step does.
+# Losses are sums in float32, whose rounding hides a decrease below this share of the loss.
 ROUNDING = 1e-6
 
 
 class Backtracking(Evaluating):
-    """x ← x − g/L with the first L of L₀, 1.5 L₀, … for which F_S(x − g/L) ≤ F_S(x) − ‖g‖²/(2L), on the step's own
-    samples S. Not in the abstract, which is all of the paper that was at hand: the rule for L₀ and 1.5 are quoted
-    from memory; the test itself is the descent lemma, which any L above the Lipschitz constant of ∇F_S passes.
+    """x ← x − g/L with the first L of L₀, 1.5 L₀, … for which F_S(x − g/L) ≤ F_S(x) − ‖g‖²/(2L), on the
+    step's own samples S. That is the descent lemma, and any L above the Lipschitz constant of ∇F_S passes.
 
-    Each step begins with L₀ = L/ζ, ζ = max(1, 2/a), where a = tr Σ/(|S| ‖g‖²) + 1 grows with the noise of g: L
-    may halve in a step without noise and stays where noise is as large as the gradient. The variance is that of a
-    batch test; in steps that none measures it counts as 0, and the test on S alone bounds the step.
+    Each step begins with L₀ = L/ζ, ζ = max(1, 2/a), where a = tr Σ/(|S| ‖g‖²) + 1 grows with the noise of g:
+    L may halve in a step without noise and stays where noise is as large as the gradient. The variance is
+    that of a batch test; in steps that none measures it counts as 0, and the test on S alone bounds the step.
+    (The rule for L₀ and the factor 1.5 are quoted from memory: of the paper only the abstract was at hand.)
     """
 
     def __init__(self, parameters: Iterable[Tensor], lr: float) -> None:

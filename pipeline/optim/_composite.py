@@ -1,4 +1,4 @@
-"""Optimizers made of others, with one state and one list of groups, so that a checkpoint sees one optimizer."""
+"""Optimizers made of others, with one state and one list of groups: a checkpoint sees one optimizer."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from pipeline.gradients.dtensor import local
 
 @dataclass
 class Evaluation:
-    """The loss and the gradient of the step's own samples, over all ranks, in the units of the step: means per
-    target, of the same targets. All ranks call the same."""
+    """The loss and the gradient of the step's own samples, over all ranks, in the units of the step: means
+    per target, of the same targets. All ranks call the same."""
 
     samples: int  # sequences of the step
     loss: float  # at the weights at which the step begins
@@ -25,8 +25,8 @@ class Evaluation:
 
 
 class Evaluating(torch.optim.Optimizer):
-    """An optimizer whose step is given an Evaluation, in the place where torch has a closure. A step without one
-    is torch's own way to make the state that a checkpoint is read into: its rate is 0, its gradients are."""
+    """An optimizer whose step is given an Evaluation, in the place where torch has a closure. A step without
+    one, at rate 0 with gradients of 0, is torch's way to make the state that a checkpoint is read into."""
 
     def step(self, closure: Evaluation | None = None) -> None:  # type: ignore[override]
         raise NotImplementedError

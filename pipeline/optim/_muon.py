@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
-    """Weights of two dimensions but for embeddings and the output layer, the last linear one: what they take or
-    give is not a vector whose length a spectral norm measures (Jordan et al. 2024)."""
+    """Weights of two dimensions but for embeddings and the output layer, the last linear one: what they take
+    or give is not a vector whose length a spectral norm measures (Jordan et al. 2024)."""
     modules = list(model.modules())
     output = [module for module in modules if isinstance(module, nn.Linear)][-1:]
     apart = [*output, *(module for module in modules if isinstance(module, nn.Embedding))]

@@ -29,8 +29,8 @@ def box(lower: float | None, upper: float | None) -> Proximal:
 
 
 def simplex(v: Tensor, rate: float) -> Tensor:
-    """u ≥ 0, Σ u = 1: u = max(v − τ, 0), where τ makes the sum 1 (Held, Wolfe, Crowder 1974). The elements above τ
-    are the k largest, with the largest k for which the k-th of them is above τ_k = (Σ of the k − 1)/k."""
+    """u ≥ 0, Σ u = 1: u = max(v − τ, 0), where τ makes the sum 1 (Held, Wolfe, Crowder 1974). Above τ are the
+    k largest elements, with the largest k for which the k-th of them is above τ_k = (their sum − 1)/k."""
     descending = v.flatten().sort(descending=True).values.double()
     counts = torch.arange(1, v.numel() + 1, device=v.device)
     thresholds = (descending.cumsum(0) - 1) / counts

@@ -1,4 +1,4 @@
-"""AdaGrad-Norm (Ward, Wu, Bottou 2019, arXiv 1806.01811): one rate for all parameters, from the gradient's norms."""
+"""AdaGrad-Norm (Ward, Wu, Bottou 2019, arXiv 1806.01811): one rate for all, from the gradient's norms."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def keeps_first_moment(config: OptimConfig) -> bool:
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """With S₀ = `optim.accumulator`, w ← w − lr g/√S, where S = S₀ + Σ‖gᵢ‖² over all steps up to this one, or,
-    with `optim.delayed`, over those before it (AdaBatchGrad: Ostroukhov et al. 2024, arXiv 2402.05264, with lr = α
-    and S₀ = β). The gradients are those applied, clipped.
+    """w ← w − lr g/√S with S = S₀ + Σ‖gᵢ‖², S₀ = `optim.accumulator`, over all steps up to this one; or, with
+    `optim.delayed`, over those before it (AdaBatchGrad: Ostroukhov et al. 2024, arXiv 2402.05264, where lr is
+    α and S₀ is β). The gradients are those applied, clipped.
 
-    The default S₀ is that of AdAdaGrad's code (arXiv 2402.11215), which keeps a sum for each row of a matrix, an
-    output unit's: `optim.per_row`. A coordinate of a vector is a row there; in their code the sum of a bias also
-    takes in the row of the weight that happens to come before it, which this leaves out.
+    The default S₀ is that of AdAdaGrad's code (arXiv 2402.11215), which keeps a sum for each row of a matrix,
+    an output unit's: `optim.per_row`. An element of a vector is a row here; in their code the sum of a bias
+    also takes in the row of the weight that happens to come before it, which this leaves out.
     """
     from pipeline.optim._adagrad_norm import AdaGradNorm, RowAdaGradNorm
 

@@ -24,12 +24,17 @@ def keeps_first_moment(config: OptimConfig) -> bool:
 
 
 def check(config: Config) -> list[str]:
-    clip = config.optim.clip
-    if clip is None:
-        return []
-    return [
-        f"optim.clip={clip}: backtracking tests the decrease along the whole gradient. Use optim.clip=null"
-    ]
+    clip, model, problems = config.optim.clip, config.model, []
+    if clip is not None:
+        problems.append(
+            f"optim.clip={clip}: backtracking tests the decrease along the whole gradient. Use optim.clip=null"
+        )
+    if model.kind != "llama" and model.loss == "auc":
+        problems.append(
+            "model.loss=auc: has a saddle point, and backtracking needs a loss that its step makes less. "
+            "Use optim=sgd"
+        )
+    return problems
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024; torch's own) for the matrices between embedding and output, AdamW for all else."""
+"""Muon (Jordan et al. 2024; torch's own) for matrices between embedding and output, AdamW for all else."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def check(config: Config) -> list[str]:
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Steps of matrices are scaled by 0.2 √(longer side), so that they are as long as AdamW's and one learning
-    rate and weight decay serve both (Liu et al. 2025, arXiv 2502.16982)."""
+    """Steps of matrices are scaled by 0.2 √(longer side), so that they are as long as AdamW's and one
+    learning rate and weight decay serve both (Liu et al. 2025, arXiv 2502.16982)."""
     import torch
 
     from pipeline.optim._composite import Composite

@@ -39,22 +39,22 @@ def check(config: Config) -> list[str]:
     if optim.regulariser == "simplex":
         if model.kind != "logistic" or model.loss == "cross_entropy":
             problems.append(
-                f"optim.regulariser=simplex model={model.name}: a probability simplex is of one vector of weights, "
-                f"and this model has matrices of them. Use model=logistic model.loss=binary, or another "
+                f"optim.regulariser=simplex model={model.name}: a probability simplex is of one vector of "
+                f"weights, and this model has matrices. Use model=logistic model.loss=binary, or another "
                 f"optim.regulariser"
             )
         if config.parallel.shard * config.parallel.tensor > 1:
             problems.append(
-                f"optim.regulariser=simplex parallel={config.parallel.strategy}: projecting on a simplex needs the "
-                f"whole vector on a rank. Use parallel=single or parallel=ddp"
+                f"optim.regulariser=simplex parallel={config.parallel.strategy}: projecting on a simplex "
+                f"needs the whole vector on a rank. Use parallel=single or parallel=ddp"
             )
     return problems
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """w ← argmin_u h(u) + ‖u − (w − lr g)‖²/(2 lr) for weights; biases and norms, which have one dimension, are
-    not regularised and take the plain step: a penalty or a bound on them would move the decision, not simplify
-    it. `train/loss` is F without h."""
+    """w ← argmin_u h(u) + ‖u − (w − lr g)‖²/(2 lr) for weights; biases and norms, which have one dimension,
+    are not regularised and take the plain step: a penalty or a bound on them would move the decision, not
+    simplify it. `train/loss` is F without h."""
     from pipeline.optim._prox_sgd import ProxSGD
     from pipeline.optim._proximal import proximal
 

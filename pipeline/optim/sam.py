@@ -22,14 +22,14 @@ def check(config: Config) -> list[str]:
     if config.optim.base != "backtracking":
         return []
     return [
-        "optim.base=backtracking: it tests the decrease along the gradient at the weights, and optim=sam takes "
-        "that at others. Use another optim.base, such as sgd"
+        "optim.base=backtracking: it tests the decrease along the gradient at the weights, and optim=sam "
+        "takes that at others. Use another optim.base, such as sgd"
     ]
 
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Twice the gradients of the optimizer inside: g at w, and the one it steps with, at w + ρ g/‖g‖, ‖g‖ over
-    all ranks and parameters. `train/loss`, `grad/norm` and batch tests are of the first; clipping, of both."""
+    """Twice the gradients of the optimizer inside: g at w, and the one it steps with, at w + ρ g/‖g‖, ‖g‖
+    over all ranks and parameters. `train/loss`, `grad/norm` and batch tests are of the first."""
     from dataclasses import replace
 
     from pipeline.optim import build as build_any

@@ -27,8 +27,8 @@ def check(config: Config) -> list[str]:
     restart, interval = optim.average_restart_tokens, optim.average_interval_tokens
     if restart is not None and interval is not None and restart < interval:
         problems.append(
-            f"optim.average_restart_tokens={restart}: shorter than optim.average_interval_tokens={interval}, so "
-            f"that some means would be of nothing. Nearest: {interval}"
+            f"optim.average_restart_tokens={restart}: shorter than optim.average_interval_tokens={interval}, "
+            f"so that some means would be of nothing. Nearest: {interval}"
         )
     return problems
 

@@ -15,7 +15,8 @@ Batch = tuple[NDArray[np.float32], NDArray[np.int64]]  # inputs [n, …] and lab
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in `columns`."""
+    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in
+    `columns`."""
 
     starts: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -30,7 +31,9 @@ class SparseRows:
         """The rows, dense."""
         counts = self.starts[rows + 1] - self.starts[rows]
         ends = counts.cumsum()
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[rows] - ends + counts, counts)
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(
+            self.starts[rows] - ends + counts, counts
+        )
         dense = np.zeros((len(rows), self.width), np.float32)
         dense[np.repeat(np.arange(len(rows)), counts), self.columns[places]] = self.values[places]
         return dense
@@ -96,8 +99,8 @@ def standardise(split: Split) -> Split:
 
 
 class SampleStream:
-    """Position k of the infinite stream is sample permutation(seed, epoch)[k mod n] of those at `indices`: the order
-    contract of pipeline.data.stream."""
+    """Position k of the infinite stream is sample permutation(seed, epoch)[k mod n] of those at `indices`:
+    the order contract of pipeline.data.stream."""
 
     def __init__(self, samples: Samples, indices: NDArray[np.int64], seed: int) -> None:
         self._samples, self._indices, self._seed = samples, indices, seed

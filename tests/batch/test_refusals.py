@@ -86,7 +86,7 @@ DDP = "parallel=ddp"
         ),
         (["lr.batch_scaling=adascale"], "is not defined for optim=adamw"),
         (["optim=sgd", "lr.batch_scaling=sqrt"], "for optim=sgd, which has none and linear and adascale"),
-        (["optim.name=adan"], "optim.name=adan: one of adagrad, adagrad_norm, adam, adamp, adamw. Did you mean"),
+        (["optim.name=adan"], "backtracking, muon, prox_sgd, sam, sgd, signum, swa. Did you mean adam?"),
     ],
 )
 def test_refuses_what_cannot_run(overrides: list[str], message: str):
