@@ -59,9 +59,9 @@ def _along(weight: Tensor, gradient: Tensor, update: Tensor, delta: float, eps: 
     products, squares, weights = whole(of_gradient), whole(gradient_squares), whole(weight_squares)
     if _largest_cosine(products, squares, weights, eps) < delta / math.sqrt(weight[0].numel()):
         return weight * (of_update / (weight_squares.sqrt() + eps) ** 2)
-    sums = [rows.sum(0, keepdim=True) for rows in (products, squares, weights)]
-    if _largest_cosine(*sums, eps) < delta / math.sqrt(weight.numel()):
-        norm = math.sqrt(sums[2].item()) + eps
+    square = weights.sum()
+    if _largest_cosine(products.sum(), squares.sum(), square, eps) < delta / math.sqrt(weight.numel()):
+        norm = math.sqrt(square.item()) + eps
         return weight * (whole(of_update).sum().item() / norm**2)
     return None
 

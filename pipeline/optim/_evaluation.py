@@ -28,7 +28,7 @@ class Evaluating(torch.optim.Optimizer):
     """An optimizer whose step is given an Evaluation, in the place where torch has a closure. A step without
     one, at rate 0 with gradients of 0, is torch's way to make the state that a checkpoint is read into."""
 
-    def step(self, closure: Evaluation | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Evaluation | None = None) -> None:
         raise NotImplementedError
 
     def parameters(self) -> list[Tensor]:
@@ -40,4 +40,4 @@ class Evaluating(torch.optim.Optimizer):
 
     def gradients(self) -> list[Tensor]:
         """What this rank holds of g."""
-        return [local(parameter.grad) for parameter in self.parameters()]
+        return [local(parameter.grad) for parameter in self.parameters() if parameter.grad is not None]

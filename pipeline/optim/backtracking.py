@@ -31,7 +31,7 @@ def check(config: Config) -> list[str]:
         )
     if model.kind != "llama" and model.loss == "auc":
         problems.append(
-            "model.loss=auc: has a saddle point, and backtracking needs a loss that its step makes less. "
+            "model.loss=auc: has a saddle point, and backtracking needs a loss that steps lower. "
             "Use optim=sgd"
         )
     return problems
