@@ -27,12 +27,12 @@ def check(config: Config) -> list[str]:
     clip, model, problems = config.optim.clip, config.model, []
     if clip is not None:
         problems.append(
-            f"optim.clip={clip}: backtracking tests the decrease along the whole gradient. Use optim.clip=null"
+            f"optim.clip={clip}: backtracking tests the decrease along the whole gradient. Use "
+            f"optim.clip=null"
         )
     if model.kind != "llama" and model.loss == "auc":
         problems.append(
-            "model.loss=auc: has a saddle point, and backtracking needs a loss that steps lower. "
-            "Use optim=sgd"
+            "model.loss=auc: has a saddle point, and backtracking needs a loss to lower. Use optim=sgd"
         )
     return problems
 
