@@ -205,7 +205,7 @@ class Trainer:
         progress.step += 1
         progress.sequences += size
         if self.average and finite:
-            progress.averaged = self.average.observe(self.tokens_before, self.tokens, progress.averaged)
+            self._average(self.average)
         self._decide(size, statistics, tested)
         # A replica that fails does not meet the others any more.
         reports = self._agree(loss, squared_norm) if self.agreement and finite else []
@@ -405,6 +405,15 @@ class Trainer:
             self.optimizer.step()
         used: float = self.optimizer.param_groups[0]["lr"]
         return used
+
+    def _average(self, average: Average) -> None:
+        """Takes the iterate of the step just done into the mean, and goes on from that when it is time to."""
+        progress, before = self.progress, self.tokens_before
+        progress.averaged = average.observe(before, self.tokens, progress.averaged)
+        if progress.averaged and average.restarts(before, self.tokens):
+            average.go_on_from_mean()
+            self.optimizer.load_state_dict(optim.build(self.model, self.config.optim).state_dict())
+            progress.averaged = 0
 
     def _clip(self, squared_norm: float) -> float:
         """‖g‖² of `.grad` after clipping."""

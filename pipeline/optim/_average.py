@@ -15,10 +15,10 @@ class Average:
     """w̄ ← (n w̄ + w)/(n + 1) after steps that pass a multiple of `optim.average_interval_tokens`, counted from
     `optim.average_start` of the planned budget on.
 
-    With `optim.average_restart_tokens` the run goes on from w̄ after so many tokens, with the moments it has,
-    and the next mean begins with the next iterate: the periodic form of Guo, Jin, Liu 2022 (arXiv
-    2201.00519), which helps while the iterates have not converged. Their text was not at hand; whether they
-    keep moments is not known here. The last mean is left for the evaluation.
+    With `optim.average_restart_tokens` the run goes on from w̄ after so many tokens, with an optimizer that
+    remembers nothing, and the next mean begins with the next iterate: the periodic form of Guo, Jin, Liu
+    2022 (arXiv 2201.00519), as in their code, which helps while the iterates have not converged. The last
+    mean is left for the evaluation.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], config: Config) -> None:
@@ -34,17 +34,20 @@ class Average:
     @torch.no_grad()
     def observe(self, before: int, after: int, count: int) -> int:
         """A step led from `before` tokens to `after`. `count` iterates were in the mean: how many are now."""
-        if self._passed(before, after, self._interval or 1):
-            count += 1
-            for mean, weight in zip(self._means, self._weights, strict=True):
-                mean.lerp_(weight, 1 / count)
-        if not count or self._restart is None or after >= self._end:
-            return count
-        if not self._passed(before, after, self._restart):
+        if not self._passed(before, after, self._interval or 1):
             return count
         for mean, weight in zip(self._means, self._weights, strict=True):
+            mean.lerp_(weight, 1 / (count + 1))
+        return count + 1
+
+    def restarts(self, before: int, after: int) -> bool:
+        """Whether the step after which a mean begins anew, if there is one, led from `before` to `after`."""
+        return self._restart is not None and after < self._end and self._passed(before, after, self._restart)
+
+    @torch.no_grad()
+    def go_on_from_mean(self) -> None:
+        for mean, weight in zip(self._means, self._weights, strict=True):
             weight.copy_(mean)
-        return 0
 
     def _passed(self, before: int, after: int, tokens: int) -> bool:
         """A multiple of `tokens` above 0, counted from the start."""

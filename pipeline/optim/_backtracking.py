@@ -12,6 +12,7 @@ from pipeline.optim._evaluation import Evaluating, Evaluation
 GROWTH = 1.5  # of L, at each trial that fails
 # Losses are sums in float32, whose rounding hides a decrease below this share of the loss.
 ROUNDING = 1e-6
+MOST_TRIALS = 60  # of one step; L is 10¹⁰ times as large then, and the step is none
 
 
 class Backtracking(Evaluating):
@@ -36,7 +37,7 @@ class Backtracking(Evaluating):
         constants = [self.state[parameter]["lipschitz"] for parameter in self.parameters()]
         before = [weight.clone() for weight in weights]
         torch._foreach_div_(constants, shrinkage(closure))
-        while True:
+        for _ in range(MOST_TRIALS):
             rate = 1 / constants[0].item()
             torch._foreach_copy_(weights, before)
             torch._foreach_add_(weights, gradients, alpha=-rate)

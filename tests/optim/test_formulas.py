@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from pipeline import optim
+from pipeline.optim._backtracking import MOST_TRIALS, Backtracking
+from pipeline.optim._evaluation import Evaluation
 from tests.distributed import column, train_here
 from tests.optim.softmax import DIGITS, Matrix, Softmax, steps, weights_of
 from tests.support import config
@@ -221,9 +224,25 @@ def test_backtracking_decreases_the_loss_of_its_samples_enough(home: Path):
     assert column(run, "gradient_evaluations")[-1] == 640
 
 
-@pytest.mark.slow
-def test_backtracking_ends_where_rounding_hides_the_decrease(home: Path):
-    """At the minimum of a strongly convex loss; each step draws other samples."""
-    composed = config(*DIGITS, "optim=backtracking", "model.l2=1.0", "batch.size=512", "budget.tokens=30k")
-    rates = column(train_here(composed), "lr")
-    assert len(rates) == 59 and all(1e-3 < rate < 1e3 for rate in rates)
+def step_of_backtracking(again: Callable[[float], float]) -> tuple[float, float, int]:
+    """One from w = 1e-4 on a loss 1 + w²/2, with what is computed of it: the rate, w, and how often."""
+    weight, trials = nn.Parameter(torch.tensor([1e-4])), []
+    optimizer = Backtracking([weight], lr=1.0)
+    weight.grad = weight.detach().clone()
+
+    def loss_again() -> float:
+        trials.append(weight.item())
+        return again(weight.item())
+
+    optimizer.step(Evaluation(1, 1.0, 1e-8, 1e-8, loss_again, lambda: 0.0))
+    return optimizer.param_groups[0]["lr"], weight.item(), len(trials)
+
+
+def test_backtracking_does_not_take_rounding_for_an_increase():
+    ulp = 2.0**-23
+    assert step_of_backtracking(lambda w: 1 + ulp) == pytest.approx((1.0, 0.0, 1), abs=1e-9)
+
+
+def test_backtracking_ends_where_no_step_lowers_the_loss():
+    rate, weight, trials = step_of_backtracking(lambda w: math.nan)
+    assert trials == MOST_TRIALS and rate < 1e-9 and weight == pytest.approx(1e-4, rel=1e-6)

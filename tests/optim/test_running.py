@@ -33,8 +33,9 @@ NEW = [
     ["optim=backtracking"],
     ["optim=sam", "optim.base=adamw"],
     ["optim=sam", "optim.base=muon", "model=mlp"],
-    ["optim=swa", "optim.base=adagrad", "optim.average_start=0.2", "optim.average_restart_tokens=256"],
-    ["optim=swa", "optim.base=backtracking", "optim.average_start=0", "optim.clip=null"],
+    ["optim=swa", "optim.base=adamw", "optim.average_start=0", "optim.average_restart_tokens=128"],
+    ["optim=swa", "optim.base=adagrad", "optim.average_start=0.2", "optim.average_interval_tokens=128"],
+    ["optim=swa", "optim.base=backtracking", "optim.clip=null", "optim.average_restart_tokens=64"],
 ]
 
 
@@ -86,7 +87,7 @@ def test_swa_goes_on_from_its_mean(home: Path):
         if number > 2:
             iterates.append(w)
         if number in (4, 6):
-            w, iterates = np.mean(iterates, axis=0), []
+            w, iterates, momentum = np.mean(iterates, axis=0), [], 0.0
     np.testing.assert_allclose(as_matrix(load_weights(run)), w, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(mean(run, 8), np.mean(iterates, axis=0), rtol=1e-4, atol=1e-6)
     assert column(run, "val/loss_averaged")
