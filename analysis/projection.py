@@ -39,6 +39,7 @@ from analysis.summary import Schedule
 from analysis.synchronisation import Network, Synchronisation, mesh_at, synchronisation
 from pipeline.config import Config, ConfigError, to_tree
 from pipeline.identity import identity_fields
+from pipeline.optim import stepping
 from pipeline.store import RunDirectory, home
 
 GPU_COUNTS = (8, 64, 512, 4096)
@@ -237,7 +238,8 @@ def arithmetic(run: StepTrace) -> str:
     if run.config.parallel.strategy == "single":
         parallel["strategy"] = "ddp"  # of one rank
     model = {key: value for key, value in to_tree(run.config.model).items() if key != "name"}
-    data, optimizer = run.config.data, run.config.optim.name
+    data, optim = run.config.data, run.config.optim
+    optimizer = [optim.name, stepping(optim)]
     decisive = [model, parallel, data.sequence_length, data.micro_batch, optimizer, run.hardware]
     return json.dumps(decisive, sort_keys=True)
 

@@ -78,9 +78,14 @@ class Progress:
     sequences: int = 0
     time: float = 0.0  # seconds of training, summed over attempts
     noise: Noise = field(default_factory=Noise)  # of the gradient, as lr.batch_scaling has seen it
+    gradient_evaluations: int = 0  # of single sequences, also those that an optimizer asked for
+    loss_evaluations: int = 0  # of single sequences, without a gradient: those of a line search
+    averaged: int = 0  # iterates in the mean that optim=swa keeps
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> Progress:
+        # Of an earlier version, which saw every sequence once.
+        tree = {"gradient_evaluations": tree["sequences"], "loss_evaluations": 0, "averaged": 0, **tree}
         values = {field.name: tree[field.name] for field in dataclasses.fields(Progress)}
         values["schedule"] = State.from_tree(tree["schedule"])
         values["next_batch"] = Decision(**tree["next_batch"])

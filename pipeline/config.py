@@ -227,6 +227,21 @@ class OptimConfig:
     momentum: float
     eps: PositiveFloat
     clip: PositiveFloat | None
+    delta: PositiveFloat
+    decay_ratio: float
+    accumulator: PositiveFloat
+    per_row: bool
+    delayed: bool
+    regulariser: Literal["none", "l1", "l2", "elastic_net", "box", "simplex"]
+    l1: float
+    l2: float
+    lower: float | None
+    upper: float | None
+    base: str
+    rho: PositiveFloat
+    average_start: float
+    average_interval_tokens: PositiveTokens | None
+    average_restart_tokens: PositiveTokens | None
 
 
 @dataclass(frozen=True)
@@ -613,6 +628,9 @@ def check(config: Config) -> None:
     """Refuses a config that cannot run. Raises ConfigError with every problem found, numbers included."""
     if unknown := _one_of("optim.name", config.optim.name, optimizers.names()):
         raise ConfigError(*unknown)  # what fits depends on what the optimizer does
+    inside = [name for name in optimizers.names() if not optimizers.wraps(name)]
+    if optimizers.wraps(config.optim.name) and (unknown := _one_of("optim.base", config.optim.base, inside)):
+        raise ConfigError(*unknown)
     batch_problems = _check_batch(config)
     problems = [
         *check_mesh(config),
@@ -823,6 +841,11 @@ def check_replicas(config: Config) -> list[str]:
             f"lr.batch_scaling=adascale: needs gradients compared in every step, which sync={sync.method} "
             f"does not do. Use sync=allreduce or another lr.batch_scaling"
         )
+    if optimizers.one_model(config.optim):
+        problems.append(
+            f"optim={config.optim.name} sync={sync.method}: it evaluates one model of all ranks again, or "
+            f"averages it, and replicas are models of their own. Use sync=allreduce or another optim"
+        )
     needs = batch_schedules.schedule_class(batch.schedule)(config).needs
     if needs and not method.tests_batches:
         able = [name for name in sync_methods.names() if sync_methods.method_class(name).tests_batches]
@@ -902,7 +925,7 @@ def _check_optimisation(config: Config) -> list[str]:
         )
     if not 0 <= optim.momentum < 1:
         problems.append(f"optim.momentum={optim.momentum}: must be at least 0 and below 1")
-    if lr.batch_scaling not in (defined := optimizers.batch_scalings(optim.name)):
+    if lr.batch_scaling not in (defined := optimizers.batch_scalings(optim)):
         problems.append(
             f"lr.batch_scaling={lr.batch_scaling}: is not defined for optim={optim.name}, which has "
             f"{' and '.join(defined)}"
@@ -911,7 +934,7 @@ def _check_optimisation(config: Config) -> list[str]:
         problems.append(f"optim.betas={optim.betas}: two numbers, each at least 0 and below 1")
     if optim.weight_decay < 0:
         problems.append(f"optim.weight_decay={optim.weight_decay}: must not be negative")
-    return problems
+    return problems + optimizers.check(config)
 
 
 def _check_launch(config: Config) -> list[str]:

@@ -166,9 +166,9 @@ class Plan:
 
 
 def rule(config: Config) -> Any:
-    """f: √k, or k where the optimizer has only that."""
-    defined = batch_scalings(config.optim.name)
-    return "sqrt" if "sqrt" in defined else "linear"
+    """f: √k, or k where the optimizer has only that, or 1 where neither is defined for it."""
+    defined = batch_scalings(config.optim)
+    return next(rule for rule in ("sqrt", "linear", "none") if rule in defined)
 
 
 def plan_branches(parent: RunDirectory, at: int | None, more: int | None, factors: Sequence[int]) -> Plan:

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import pipeline.batch as batch_schedules
+import pipeline.optim as optimizers
 import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
 from pipeline.config import TEXT_SOURCES, Config, LlamaConfig, check, to_tree
@@ -20,6 +21,8 @@ SCHEMA_VERSION = 1  # raise it when the same config begins to mean another compu
 _EXCLUDED = (
     "checkpoint", "launch", "track", "sweep", "model.name", "data.workers", "data.files", "data.tokenizer",
 )  # fmt: skip
+_FIRST_OPTIMIZERS = ("adagrad", "adamw", "sgd", "signum")
+_FIRST_OPTIMIZER_SETTINGS = {"name", "lr", "weight_decay", "betas", "momentum", "eps", "clip"}
 
 # To these schedules batch.estimator says nothing unless it is `sample`.
 _NO_OTHER_ESTIMATOR = ("inner_product", "coordinate_norm_test")
@@ -31,7 +34,8 @@ def identity_fields(config: Config) -> dict[str, Any]:
 
     Settings of the batch group that its schedule does not read are left out too, so that
     `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two; likewise those of the sync
-    group, and of the imbalance group.
+    group, of the imbalance group and of the optim group, but for the first optimizers, whose ids have always
+    named all settings that there were.
     """
     tree: dict[str, Any] = to_tree(config)
     for key in _EXCLUDED:
@@ -46,6 +50,10 @@ def identity_fields(config: Config) -> dict[str, Any]:
     tree["batch"] = {key: value for key, value in tree["batch"].items() if key in read}
     read = sync_methods.method_class(config.sync.method).settings | {"method"}
     tree["sync"] = {key: value for key, value in tree["sync"].items() if key in read}
+    read = optimizers.settings(config.optim)
+    if config.optim.name in _FIRST_OPTIMIZERS:
+        read |= _FIRST_OPTIMIZER_SETTINGS
+    tree["optim"] = {key: value for key, value in tree["optim"].items() if key in read}
     if config.data.distribution == "shared":
         del tree["data"]["distribution"]
     if isinstance(config.model, LlamaConfig):

@@ -23,7 +23,9 @@ from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.imbalance import Imbalance
+from pipeline.optim._average import Average
 from pipeline.optim._batch_scaling import BatchScaling
+from pipeline.optim._evaluation import Evaluating, Evaluation
 from pipeline.optim._learning_rate import learning_rate
 from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
@@ -49,6 +51,7 @@ def not_continued(config: Config, parent: Config) -> list[str]:
             ("data.fingerprint", config.data.fingerprint, parent.data.fingerprint),
             ("data.distribution", config.data.distribution, parent.data.distribution),
             ("optim.name", config.optim.name, parent.optim.name),
+            ("optim.base", optim.stepping(config.optim), optim.stepping(parent.optim)),
             ("sync.method", config.sync.method, parent.sync.method),
         )
         if here != there and None not in (here, there)
@@ -95,6 +98,9 @@ class Trainer:
         self.model: nn.Module = self.strategy.apply(self.problem.model())
         self.optimizer = optim.build(self.model, config.optim)
         self.parameters = list(self.model.parameters())
+        # DDP puts a prefix before names, which a checkpoint must not have.
+        named = {name.removeprefix("module."): weight for name, weight in self.model.named_parameters()}
+        self.average = Average(named, config) if config.optim.name == "swa" else None
         self.replica = Replica(self.model, ranks)
         self.sync = method_class(config.sync.method)(config, ranks, self.replica)
         # Of a replica the norm is its own; of one model each rank has a part of it.
@@ -114,7 +120,10 @@ class Trainer:
         self.metrics = MetricsWriter(run.metrics_file) if ranks.is_main else None
         self.tracker = Tracker(config, run, attempt) if ranks.is_main else None
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if self._on_gpu else None
-        captured = self.capture.saved if self.capture else {}
+        captured = {
+            **(self.capture.saved if self.capture else {}),
+            **(self.average.saved if self.average else {}),
+        }
         model_settings = {f"model.{k}": v for k, v in to_tree(config.model).items() if k != "name"}
         self.checkpoints = Checkpointer(
             run,
@@ -187,13 +196,16 @@ class Trainer:
             loss, statistics, squared_norm = self._summed_gradient(share_of_loss, measured)
         finite = math.isfinite(loss) and math.isfinite(squared_norm)
         if finite:
-            self._update(math.sqrt(squared_norm), rate)
+            progress.gradient_evaluations += size
+            rate = self._update(size, rate, loss, squared_norm, statistics)
             with self._waiting():
                 self.sync.after_step(number)
 
         self.tokens_before = self.tokens
         progress.step += 1
         progress.sequences += size
+        if self.average and finite:
+            self._average(self.average)
         self._decide(size, statistics, tested)
         # A replica that fails does not meet the others any more.
         reports = self._agree(loss, squared_norm) if self.agreement and finite else []
@@ -232,10 +244,7 @@ class Trainer:
         units = list(self._units(first, size, self.sync.shares))
         for index, (start, count) in enumerate(units):
             unit = (start - first) // self.micro
-            length = self.imbalance.length(self.progress.step + 1, self.length, unit % self.ranks.data_ranks)
-            inputs, targets = self._tensors(self.data.take(self._place(start), max(count, 1)))
-            if length < self.length:
-                inputs, targets = inputs[:, :length], targets[:, :length]
+            inputs, targets = self._training_samples(unit, start, count)
             following = units[index + 1] if index + 1 < len(units) else self._next_unit(first + size)
             self.data.request(self._place(following[0]), following[1])
             last = index + 1 == len(units)
@@ -247,6 +256,13 @@ class Trainer:
             loss += unit_loss.detach() * (count / size)
         self.strategy.complete_gradients(self.parameters)
         return loss
+
+    def _training_samples(self, unit: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a micro-batch of the step that is being done."""
+        length = self.imbalance.length(self.progress.step + 1, self.length, unit % self.ranks.data_ranks)
+        # Also without a share: sharded parameters are gathered by all ranks together.
+        inputs, targets = self._tensors(self.data.take(self._place(start), max(count, 1)))
+        return (inputs, targets) if length == self.length else (inputs[:, :length], targets[:, :length])
 
     def _summed_gradient(
         self, loss: torch.Tensor, capture: Capture | None
@@ -361,13 +377,72 @@ class Trainer:
         with self.strategy.autocast():
             return self.problem.loss(self.model, inputs, targets)
 
-    def _update(self, norm: float, rate: float) -> None:
-        clip = self.config.optim.clip
-        if clip is not None and norm > clip:
-            torch._foreach_mul_(self._local_gradients(), clip / norm)
+    def _update(
+        self,
+        size: int,
+        rate: float,
+        loss: float,
+        squared_norm: float,
+        statistics: GradientStatistics | None,
+    ) -> float:
+        """Clips, and steps. The learning rate of the step, which may be the optimizer's own."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        squared_norm = self._clip(squared_norm)
+        if isinstance(self.optimizer, Evaluating):
+            variance = statistics.variance if statistics else math.nan
+            self.optimizer.step(
+                Evaluation(
+                    size,
+                    loss,
+                    squared_norm,
+                    None if math.isnan(variance) else variance,
+                    lambda: self._loss_again(size),
+                    lambda: self._gradient_again(size),
+                )
+            )
+        else:
+            self.optimizer.step()
+        used: float = self.optimizer.param_groups[0]["lr"]
+        return used
+
+    def _average(self, average: Average) -> None:
+        """Takes the iterate of the step just done into the mean, and goes on from that when it is time to."""
+        progress, before = self.progress, self.tokens_before
+        progress.averaged = average.observe(before, self.tokens, progress.averaged)
+        if progress.averaged and average.restarts(before, self.tokens):
+            average.go_on_from_mean()
+            self.optimizer.load_state_dict(optim.build(self.model, self.config.optim).state_dict())
+            progress.averaged = 0
+
+    def _clip(self, squared_norm: float) -> float:
+        """‖g‖² of `.grad` after clipping."""
+        norm, clip = math.sqrt(squared_norm), self.config.optim.clip
+        if clip is None or norm <= clip:
+            return squared_norm
+        torch._foreach_mul_(self._local_gradients(), clip / norm)
+        return clip**2
+
+    @torch.no_grad()
+    def _loss_again(self, size: int) -> float:
+        """The step's mean loss per token at the weights as they are now."""
+        first = self.progress.sequences
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for start, count in self._units(first, size, self.sync.shares):
+            inputs, targets = self._training_samples((start - first) // self.micro, start, count)
+            with self.strategy.loss():
+                loss += self._loss(inputs, targets) / targets.numel() * (count / size)
+        self.strategy.release(self.model)
+        self.progress.loss_evaluations += size
+        return self.ranks.sum(loss.view(1) / self.ranks.tensor_ranks)[0]
+
+    @torch.enable_grad()
+    def _gradient_again(self, size: int) -> float:
+        """Leaves the gradient at the weights as they are now in `.grad`, clipped, and returns its ‖g‖²."""
+        self._backward(self.progress.sequences, size, None)
+        (squared_norm,) = self.ranks.sum(self.squared_norm(self._local_gradients()).view(1))
+        self.progress.gradient_evaluations += size
+        return self._clip(squared_norm)
 
     def _decide(self, size: int, statistics: GradientStatistics | None, tested: bool) -> None:
         """The next batch, and what the learning rate will make of it. Without statistics both follow from the
@@ -388,11 +463,15 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> None:
         """Means over the targets of the first `eval.sequences` held-out sequences; of replicas, those of
-        their mean."""
+        their mean. Beside them, as `…_averaged`, those of the mean of iterates, where there is one."""
         with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
             evaluated = self._evaluated()
+        beside = {}
+        if self.average and self.progress.averaged:
+            with self.average.in_place():
+                beside = {f"{name}_averaged": value for name, value in self._evaluated().items()}
         if self.ranks.is_main:
-            self._log({**self._clock(), **evaluated})
+            self._log({**self._clock(), **evaluated, **beside})
         if not math.isfinite(evaluated["val/loss"]):
             raise TrainingFailed(f"step {self.progress.step}: validation loss {evaluated['val/loss']}")
         self.resumed_at = time.perf_counter()
@@ -408,6 +487,7 @@ class Trainer:
                 batch = self._tensors(held_out.read(start, max(count, 1)))
                 unit_sums = self.problem.evaluate(self.model, *batch)
             sums += unit_sums if count else 0
+        self.strategy.release(self.model)
         totals = torch.tensor(self.ranks.sum(sums / self.ranks.tensor_ranks), dtype=torch.float64)
         return self.problem.metrics(totals, total * self.length)
 
@@ -445,6 +525,8 @@ class Trainer:
             raise ConfigError(f"branch.run={parent.id}: cannot be continued with {'; '.join(differences)}")
         saved = self.checkpoints.branch(self.config.branch.tokens, parent)
         self.progress.step, self.progress.sequences = saved.step, saved.sequences
+        self.progress.gradient_evaluations = saved.gradient_evaluations
+        self.progress.loss_evaluations = saved.loss_evaluations
         self.progress.first_batch = saved.next_batch.size
         here = StepDone(saved.step, self.tokens, saved.sequences, 0)
         decided = self.schedule.decide(self.progress.schedule, here, None)
@@ -481,9 +563,12 @@ class Trainer:
             "batch/requested": decision.requested,
             "batch/accumulation": -(-size // (self.ranks.data_ranks * self.micro)),
             "batch/reason": decision.reason,
+            "gradient_evaluations": self.progress.gradient_evaluations,
             "grad/norm": math.sqrt(squared_norm) if squared_norm >= 0 else math.nan,
             "throughput/tokens_per_s": size * self.length / seconds,
         }
+        if self.progress.loss_evaluations:
+            row["loss_evaluations"] = self.progress.loss_evaluations
         if self.peak_flops:
             flops = row["throughput/tokens_per_s"] * flops_per_token(self.config.model, self.length)
             row["throughput/mfu"] = flops / (self.peak_flops * self.ranks.world_size)

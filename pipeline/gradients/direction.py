@@ -48,8 +48,7 @@ class Momentum:
 
     def parts(self) -> list[torch.Tensor]:
         states = [self._optimizer.state[parameter] for parameter in self._parameters]
-        (key,) = (name for name in FIRST_MOMENTS if name in states[0])
-        return [local(state[key]) for state in states]
+        return [local(state[name]) for state in states for name in FIRST_MOMENTS if name in state]
 
     def step_done(self) -> None:
         pass

@@ -17,6 +17,22 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of it, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    """[rows, …] -> [rows, 1, …], spread over ranks as the rows are; a vector's rows are its elements."""
+    if tensor.dim() < 2:
+        return tensor
+    sums = tensor.sum(dim=tuple(range(1, tensor.dim())), keepdim=True)
+    if not isinstance(sums, DTensor):
+        return sums
+    closed = [Replicate() if placement.is_partial() else placement for placement in sums.placements]
+    return sums.redistribute(placements=closed)
+
+
 def shards(tensor: torch.Tensor) -> int:
     """Number of different parts that ranks hold of it; all other ranks of its mesh hold copies."""
     if not isinstance(tensor, DTensor):

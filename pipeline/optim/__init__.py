@@ -1,8 +1,15 @@
-"""Optimizers, and the learning rate over the run. Each optimizer is one file with `build(parameters, config)`
-and what the config check must know of it:
+"""Optimizers, and the learning rate over the run. Each optimizer is one file with `build(model, config)` and
+what the config check must know of it:
 
+    settings            the settings of the optim group that it reads, besides the rate and clipping
     keeps_first_moment  whether its state holds an average of gradients, which batch.direction=momentum needs
     batch_scalings      the rules by which its learning rate may follow the batch (lr.batch_scaling)
+
+and where it has such a thing:
+
+    check(config)       problems of a config with it
+    one_model           True: it asks for what replicas of the model cannot give
+    wraps               True: it is about another optimizer, `optim.base`, whose file says the rest
 
 Importing this package, or an optimizer, does not import torch: the command line checks configs with it.
 """
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pipeline.config import OptimConfig
+    from pipeline.config import Config, OptimConfig
 
 
 def names() -> list[str]:
@@ -29,18 +36,58 @@ def names() -> list[str]:
 
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Weight decay applies to every parameter, as in Lau et al. 2024 (Tables 5-7, "skip bias: no")."""
-    optimizer: torch.optim.Optimizer = _module(config.name).build(list(model.parameters()), config)
+    optimizer: torch.optim.Optimizer = _module(config.name).build(model, config)
     return optimizer
 
 
+def stepping(config: OptimConfig) -> str:
+    """The name of the optimizer that steps: the one inside, where one is about another."""
+    return config.base if wraps(config.name) else config.name
+
+
+def wraps(name: str) -> bool:
+    return getattr(_module(name), "wraps", False)
+
+
+def settings(config: OptimConfig) -> frozenset[str]:
+    """The settings of the group that can change anything."""
+    read: frozenset[str] = _module(config.name).settings(config)
+    if wraps(config.name):
+        read |= {"base"} | _module(config.base).settings(config)
+    return read | {"name", "lr", "clip"}
+
+
 def keeps_first_moment(config: OptimConfig) -> bool:
-    keeps: bool = _module(config.name).keeps_first_moment(config)
+    keeps: bool = _module(stepping(config)).keeps_first_moment(config)
     return keeps
 
 
-def batch_scalings(name: str) -> tuple[str, ...]:
-    scalings: tuple[str, ...] = _module(name).batch_scalings
+def batch_scalings(config: OptimConfig) -> tuple[str, ...]:
+    scalings: tuple[str, ...] = _module(stepping(config)).batch_scalings
     return scalings
+
+
+def one_model(config: OptimConfig) -> bool:
+    return getattr(_module(config.name), "one_model", False)
+
+
+def check(config: Config) -> list[str]:
+    """Problems of the optimizer with its settings; its name, and that of the one inside, are known."""
+    optim, problems = config.optim, []
+    if optim.weight_decay and "weight_decay" not in settings(optim):
+        problems.append(
+            f"optim.weight_decay={optim.weight_decay}: optim={stepping(optim)} has no weight decay. Use "
+            f"optim.weight_decay=0, and model.l2 of a model of labelled samples for a penalty"
+        )
+    if optim.regulariser != "none" and "regulariser" not in settings(optim):
+        problems.append(
+            f"optim.regulariser={optim.regulariser}: optim={optim.name} has no proximal step. Use "
+            f"optim=prox_sgd, or optim.regulariser=none"
+        )
+    for name in dict.fromkeys([optim.name, stepping(optim)]):
+        if hasattr(_module(name), "check"):
+            problems += _module(name).check(config)
+    return problems
 
 
 def _module(name: str) -> ModuleType:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pipeline.config import OptimConfig
 
@@ -13,13 +14,17 @@ if TYPE_CHECKING:
 batch_scalings = ("none", "sqrt")
 
 
+def settings(config: OptimConfig) -> frozenset[str]:
+    return frozenset(["eps", "weight_decay"])
+
+
 def keeps_first_moment(config: OptimConfig) -> bool:
     return False
 
 
-def build(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     import torch
 
     return torch.optim.Adagrad(
-        parameters, lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, foreach=True
+        model.parameters(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, foreach=True
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pipeline.config import OptimConfig
 
@@ -13,16 +14,20 @@ if TYPE_CHECKING:
 batch_scalings = ("none", "sqrt")
 
 
+def settings(config: OptimConfig) -> frozenset[str]:
+    return frozenset(["betas", "eps", "weight_decay"])
+
+
 def keeps_first_moment(config: OptimConfig) -> bool:
     return True
 
 
-def build(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     import torch
 
     beta1, beta2 = config.betas
     return torch.optim.AdamW(
-        parameters,
+        model.parameters(),
         lr=config.lr,
         betas=(beta1, beta2),
         eps=config.eps,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pipeline.config import OptimConfig
 
@@ -13,14 +14,22 @@ if TYPE_CHECKING:
 batch_scalings = ("none", "linear", "adascale")
 
 
+def settings(config: OptimConfig) -> frozenset[str]:
+    return frozenset(["momentum", "weight_decay"])
+
+
 def keeps_first_moment(config: OptimConfig) -> bool:
     return config.momentum > 0
 
 
-def build(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     import torch
 
     # Not fused: torch 2.13 has no fused form for sharded parameters (DTensor).
     return torch.optim.SGD(
-        parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True
+        model.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        foreach=True,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from pipeline.config import OptimConfig
 
@@ -13,12 +14,16 @@ if TYPE_CHECKING:
 batch_scalings = ("none", "sqrt")
 
 
+def settings(config: OptimConfig) -> frozenset[str]:
+    return frozenset(["momentum", "weight_decay"])
+
+
 def keeps_first_moment(config: OptimConfig) -> bool:
     return True
 
 
-def build(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Optimizer:
+def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """m ← β m + (1 − β) g with β = `optim.momentum`; w ← (1 − lr λ) w − lr sign(m)."""
     from pipeline.optim._signum import Signum
 
-    return Signum(parameters, config.lr, config.momentum, config.weight_decay)
+    return Signum(model.parameters(), config.lr, config.momentum, config.weight_decay)

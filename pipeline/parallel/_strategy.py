@@ -77,5 +77,9 @@ class Strategy:
 
         return torch.autocast(self.ranks.device.type, dtype=torch.bfloat16)
 
+    def release(self, model: nn.Module) -> None:
+        """After forward passes that no backward pass follows: frees what was gathered for one, lest the next
+        forward pass takes it for the weights, which may be others then."""
+
     def complete_gradients(self, parameters: Sequence[torch.Tensor]) -> None:
         """After the last backward pass of a step: whatever is still missing in `.grad`."""

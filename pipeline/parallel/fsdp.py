@@ -37,6 +37,13 @@ class Strategy(_strategy.Strategy):
         fully_sharded.set_requires_all_reduce(last)  # between replicas: once per step
         return contextlib.nullcontext()
 
+    def release(self, model: nn.Module) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext()  # parameters are gathered in the precision of the products
 

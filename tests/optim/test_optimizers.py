@@ -8,27 +8,40 @@ import pytest
 import torch
 
 from pipeline import optim
-from pipeline.gradients.direction import FIRST_MOMENTS
+from pipeline.gradients.direction import FIRST_MOMENTS, Momentum
+from pipeline.optim._evaluation import Evaluating, Evaluation
 from tests.distributed import column, train_here
 from tests.support import config
 
 OPTIMIZERS = ["adagrad", "adamw", "sgd", "signum"]
+ALL = [
+    "adagrad", "adagrad_norm", "adam", "adamp", "adamw", "backtracking", "muon", "prox_sgd", "sam", "sgd",
+    "signum", "swa",
+]  # fmt: skip
 TINY = ["data.sequence_length=64", "batch.size=16", "budget.tokens=20480", "lr.warmup_tokens=2k"]
 
 
 def test_every_file_is_an_option():
-    assert optim.names() == OPTIMIZERS
+    assert optim.names() == ALL
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ALL)
 def test_keeps_a_first_moment_where_it_says_so(name: str):
     composed = config(f"optim={name}").optim
-    layer = torch.nn.Linear(3, 2)
-    optimizer = optim.build(layer, composed)
-    layer(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    kept = [key for key in FIRST_MOMENTS if key in optimizer.state[layer.weight]]
-    assert bool(kept) == optim.keeps_first_moment(composed)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 2))
+    optimizer = optim.build(layers, composed)
+    layers(torch.ones(1, 3)).sum().backward()
+    if isinstance(optimizer, Evaluating):
+        optimizer.step(Evaluation(1, 0.0, 1.0, None, lambda: -1e9, lambda: 1.0))
+    else:
+        optimizer.step()
+    parameters = list(layers.parameters())
+    kept = [[key for key in FIRST_MOMENTS if key in optimizer.state[p]] for p in parameters]
+    assert [len(keys) for keys in kept] == [int(optim.keeps_first_moment(composed))] * 4
+    if optim.keeps_first_moment(composed):
+        assert [part.shape for part in Momentum(parameters, optimizer).parts()] == [
+            p.shape for p in parameters
+        ]
 
 
 def test_signum_is_its_formula():
@@ -47,7 +60,7 @@ def test_signum_is_its_formula():
         torch.testing.assert_close(layer.weight.detach(), weight)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "muon"])
 def test_learns_and_does_not_depend_on_the_mesh(name: str, home: Path, small_corpus: list[str]):
     overrides = [*TINY, *small_corpus, f"optim={name}"]
     here = column(train_here(config(*overrides)), "train/loss")
@@ -58,7 +71,7 @@ def test_learns_and_does_not_depend_on_the_mesh(name: str, home: Path, small_cor
     assert sharded == pytest.approx(here, rel=1e-3 if name in ("adamw", "sgd") else 5e-2)
 
 
-@pytest.mark.parametrize("name", ["sgd", "signum"])
+@pytest.mark.parametrize("name", ["sgd", "signum", "muon"])
 def test_inner_products_with_its_first_moment(name: str, home: Path, small_corpus: list[str]):
     overrides = [*TINY, *small_corpus, f"optim={name}", "batch=inner_product", "batch.max_size=256"]
     run = train_here(config(*overrides))
