@@ -697,6 +697,11 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
             f"parallel.tensor={parallel.tensor}: only a language model is split by matrix products. "
             f"Use parallel=ddp or parallel=fsdp with model={model.kind}"
         )
+    if parallel.activation_checkpointing:
+        problems.append(
+            f"parallel.activation_checkpointing=true: only the blocks of a language model are computed again. Use "
+            f"false with model={model.kind}"
+        )
     return problems
 
 
@@ -744,10 +749,12 @@ def _check_data(config: Config) -> list[str]:
     if unknown := _one_of("data.source", data.source, [*TEXT_SOURCES, *labelled]):
         return unknown
     if isinstance(config.model, LlamaConfig) != (data.source in TEXT_SOURCES):
-        fitting = "data=stdlib or data=text" if isinstance(config.model, LlamaConfig) else f"data={'|'.join(labelled)}"
+        of_text, classifiers = isinstance(config.model, LlamaConfig), get_args(hints_of(ClassifierConfig)["kind"])
+        fitting = "data=stdlib or data=text" if of_text else f"data={'|'.join(labelled)}"
+        other = f"model={'|'.join(classifiers)}" if of_text else "a language model"
         problems.append(
             f"model={config.model.name} data={data.source}: a language model learns from text, the others "
-            f"from labelled samples. Use {fitting} with this model"
+            f"from labelled samples. Use {fitting} with this model, or {other} with these data"
         )
     elif data.source in labelled:
         if data.sequence_length != 1:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, LlamaConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.model.llama import Llama
 from pipeline.store import RunDirectory
@@ -64,8 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(run: RunDirectory, directory: Path) -> None:
     """Writes `directory` whole or not at all. Raises ConfigError when the run or the directory is unfit."""
-    _check(run, directory)
     config = run.config()
+    if not isinstance(config.model, LlamaConfig):
+        raise ConfigError(
+            f"run {run.id}: model={config.model.kind} classifies samples; transformers loads language models only. "
+            f"Its weights are in {run.checkpoints}"
+        )
+    _check(run, directory)
     tensors = transformers_weights(config, checkpoint.load_weights(run))
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
     target = directory.resolve()

@@ -11,7 +11,7 @@ from typing import Any
 import pipeline.batch as batch_schedules
 import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
-from pipeline.config import TEXT_SOURCES, Config, LlamaConfig, check, to_tree
+from pipeline.config import TEXT_SOURCES, Config, DataConfig, LlamaConfig, check, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
 
@@ -20,6 +20,7 @@ SCHEMA_VERSION = 1  # raise it when the same config begins to mean another compu
 _EXCLUDED = (
     "checkpoint", "launch", "track", "sweep", "model.name", "data.workers", "data.files", "data.tokenizer",
 )  # fmt: skip
+_NOT_OF_ALL_SOURCES = {"field", "samples", "features", "standardise", "validation_fraction"}
 
 
 def identity_fields(config: Config) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def identity_fields(config: Config) -> dict[str, Any]:
         del tree["data"]["distribution"]
     if isinstance(config.model, LlamaConfig):
         del tree["model"]["kind"]  # which the first runs had no name for
-    unread = {"field", "samples", "features", "standardise"} - settings_read(config.data.source)
+    unread = _NOT_OF_ALL_SOURCES - settings_read(config.data)
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in unread}
     tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
     if not config.imbalance.read:
@@ -53,9 +54,11 @@ def identity_fields(config: Config) -> dict[str, Any]:
     return tree
 
 
-def settings_read(source: str) -> frozenset[str]:
+def settings_read(data: DataConfig) -> frozenset[str]:
     """Of the settings of the data group that not all sources read, those that this one does."""
-    return frozenset(["field"]) if source in TEXT_SOURCES else labelled_samples.settings(source) | {"standardise"}
+    if data.source in TEXT_SOURCES:
+        return frozenset(["field", "validation_fraction"])
+    return labelled_samples.settings(data)
 
 
 def run_id(config: Config) -> str:
@@ -75,7 +78,7 @@ def complete(config: Config, known: dict[object, str] | None = None) -> Config:
     from pipeline.data import fingerprint
 
     data, known = config.data, {} if known is None else known
-    corpus = (data.source, tuple(data.files), data.tokenizer)
+    corpus = (data.source, tuple(data.files), data.tokenizer, data.samples, data.features)
     if not data.fingerprint and corpus not in known:
         known[corpus] = fingerprint(data)
     return dataclasses.replace(

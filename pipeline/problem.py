@@ -89,14 +89,19 @@ class Classification:
         split = samples.read(data)
         indices = split.train_indices
         if data.distribution == "by_rank":
+            if len(indices) < ranks.data_ranks:
+                raise ConfigError(
+                    f"data.distribution=by_rank: {len(indices)} samples to train on, for {ranks.data_ranks} ranks. "
+                    f"Use data.distribution=shared"
+                )
             indices = np.array_split(indices, ranks.data_ranks)[ranks.data_rank]
         self.train = SampleStream(split.train, indices, data.seed)
         self.held_out = SampleStream(split.validation, split.validation_indices, seed=0)
         self._shape, self._classes = split.train.shape, split.train.classes
         if self._model.loss != "cross_entropy" and self._classes != 2:
             raise ConfigError(
-                f"model.loss={self._model.loss}: is of two classes, and {data.source} has {self._classes}. Use "
-                f"model.loss=cross_entropy"
+                f"model.loss={self._model.loss}: is of two classes, and data={data.source} has {self._classes}. "
+                f"Use model.loss=cross_entropy"
             )
 
     def model(self) -> Model:
@@ -105,7 +110,9 @@ class Classification:
         outputs = self._classes if self._model.loss == "cross_entropy" else 1
         build = registry.load(models, self._model.kind).build
         with torch.device("meta"):
-            return cast(Model, build(self._model, self._shape, outputs))
+            model = build(self._model, self._shape, outputs)
+        model.gathered_whole = self._model.l2 > 0
+        return cast(Model, model)
 
     def tensors(self, read: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         inputs, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in read)
@@ -127,6 +134,12 @@ class Classification:
         logits = model(inputs)
         guessed = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
         return torch.stack([self._data_loss(logits, targets).double(), (guessed == targets).sum().double()])
+
+
+def check_samples(config: Config) -> None:
+    """Reads the samples and builds the model as a rank would. Raises ConfigError."""
+    parallel = config.parallel
+    Classification(config, Ranks(0, parallel.world_size, 0, parallel.data_ranks, torch.device("cpu"))).model()
 
 
 def problem_of(config: Config, ranks: Ranks) -> Problem:

@@ -16,7 +16,7 @@ from pipeline import optim
 from pipeline.batch import schedule_class
 from pipeline.batch._interface import Decision, StepDone
 from pipeline.checkpoint import Checkpointer, Progress
-from pipeline.config import Config, ConfigError, to_tree
+from pipeline.config import Config, ConfigError, LlamaConfig, to_tree
 from pipeline.data import Prefetcher
 from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.dtensor import local
@@ -484,7 +484,7 @@ class Trainer:
             "grad/norm": math.sqrt(squared_norm) if squared_norm >= 0 else math.nan,
             "throughput/tokens_per_s": size * self.length / seconds,
         }
-        if self.peak_flops:
+        if self.peak_flops and isinstance(self.config.model, LlamaConfig):
             flops = row["throughput/tokens_per_s"] * flops_per_token(self.config.model, self.length)
             row["throughput/mfu"] = flops / (self.peak_flops * self.ranks.world_size)
         if self._on_gpu:
