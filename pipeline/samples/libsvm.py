@@ -180,7 +180,7 @@ def _problem(words: list[bytes], largest: int) -> str | None:
         if int(index) > largest:
             given = f"data.features={largest}" if largest < _LARGEST_INDEX else f"the largest possible, {largest}"
             return f"index {int(index)} is above {given}"
-        if not _NUMBER.fullmatch(value) or abs(float(value)) > np.finfo(np.float32).max:
+        if not _NUMBER.fullmatch(value) or abs(float(value)) > float(np.finfo(np.float32).max):
             return f"the value of {_shown(feature)} is no finite number"
         before = int(index)
     return None
