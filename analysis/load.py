@@ -63,8 +63,8 @@ class Run:
 
     @property
     def flops_per_token(self) -> float | None:
-        """Of a token that is counted; under gradient coding each is computed several times. Of language models
-        only: nobody counts those of the small problems."""
+        """Of a token that is counted; under gradient coding each is computed several times. Of language
+        models only: nobody counts those of the small problems."""
         if self.config is None or not isinstance(self.config.model, LlamaConfig):
             return None
         times = self.config.sync.redundancy if self.config.sync.method == "gradient_coding" else 1

@@ -19,9 +19,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import pipeline.batch as batch_schedules
-import pipeline.samples as labelled_samples
 import pipeline.optim as optimizers
 import pipeline.parallel as strategies
+import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
 from pipeline.batch import BatchPlan
 
@@ -699,8 +699,8 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
         )
     if parallel.activation_checkpointing:
         problems.append(
-            f"parallel.activation_checkpointing=true: only the blocks of a language model are computed again. Use "
-            f"false with model={model.kind}"
+            f"parallel.activation_checkpointing=true: only the blocks of a language model are recomputed. "
+            f"Use false with model={model.kind}"
         )
     return problems
 
@@ -749,7 +749,10 @@ def _check_data(config: Config) -> list[str]:
     if unknown := _one_of("data.source", data.source, [*TEXT_SOURCES, *labelled]):
         return unknown
     if isinstance(config.model, LlamaConfig) != (data.source in TEXT_SOURCES):
-        of_text, classifiers = isinstance(config.model, LlamaConfig), get_args(hints_of(ClassifierConfig)["kind"])
+        of_text, classifiers = (
+            isinstance(config.model, LlamaConfig),
+            get_args(hints_of(ClassifierConfig)["kind"]),
+        )
         fitting = "data=stdlib or data=text" if of_text else f"data={'|'.join(labelled)}"
         other = f"model={'|'.join(classifiers)}" if of_text else "a language model"
         problems.append(

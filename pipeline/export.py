@@ -67,8 +67,8 @@ def export(run: RunDirectory, directory: Path) -> None:
     config = run.config()
     if not isinstance(config.model, LlamaConfig):
         raise ConfigError(
-            f"run {run.id}: model={config.model.kind} classifies samples; transformers loads language models only. "
-            f"Its weights are in {run.checkpoints}"
+            f"run {run.id}: model={config.model.kind} classifies samples; transformers loads language models "
+            f"only. Its weights are in {run.checkpoints}"
         )
     _check(run, directory)
     tensors = transformers_weights(config, checkpoint.load_weights(run))

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from pipeline import registry, samples
 from pipeline.config import ClassifierConfig, Config, ConfigError, LlamaConfig
 from pipeline.data import Stream, prepare
-from pipeline.samples._samples import Batch, SampleStream
 from pipeline.data.stream import Source
 from pipeline.model._interface import Model
 from pipeline.model.llama import Llama, loss_sum
 from pipeline.parallel._ranks import Ranks
+from pipeline.samples._samples import Batch, SampleStream
 from pipeline.store import home, report
+
 
 class Problem(Protocol):
     train: Source[Any]
@@ -91,8 +92,8 @@ class Classification:
         if data.distribution == "by_rank":
             if len(indices) < ranks.data_ranks:
                 raise ConfigError(
-                    f"data.distribution=by_rank: {len(indices)} samples to train on, for {ranks.data_ranks} ranks. "
-                    f"Use data.distribution=shared"
+                    f"data.distribution=by_rank: {len(indices)} samples to train on, for "
+                    f"{ranks.data_ranks} ranks. Use data.distribution=shared"
                 )
             indices = np.array_split(indices, ranks.data_ranks)[ranks.data_rank]
         self.train = SampleStream(split.train, indices, data.seed)
@@ -100,8 +101,8 @@ class Classification:
         self._shape, self._classes = split.train.shape, split.train.classes
         if self._model.loss != "cross_entropy" and self._classes != 2:
             raise ConfigError(
-                f"model.loss={self._model.loss}: is of two classes, and data={data.source} has {self._classes}. "
-                f"Use model.loss=cross_entropy"
+                f"model.loss={self._model.loss}: is of two classes, and data={data.source} has "
+                f"{self._classes}. Use model.loss=cross_entropy"
             )
 
     def model(self) -> Model:

@@ -81,7 +81,9 @@ def _later_settings() -> dict[str, dict[str, Any]]:
     defaults = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
     return {
         "model": {"kind": "llama"},
-        "data": {key: defaults["data"][key] for key in ("distribution", "samples", "features", "standardise")},
+        "data": {
+            key: defaults["data"][key] for key in ("distribution", "samples", "features", "standardise")
+        },
         "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
         "imbalance": {**defaults["imbalance"], "kind": "none"},
     }

@@ -214,8 +214,8 @@ def _conclusion(run: RunDirectory) -> str:
     )
     config = run.config()
     lines = [
-        f"{trained['step']} steps, {trained['tokens']:,} {_counted(config)} in {trained['time']:.0f} s of training, "
-        f"validation loss {evaluated['val/loss']:.4f}",
+        f"{trained['step']} steps, {trained['tokens']:,} {_counted(config)} in {trained['time']:.0f} s of "
+        f"training, validation loss {evaluated['val/loss']:.4f}",
         f"record: {run.metrics_file}",
     ]
     if "val/accuracy" in evaluated:
@@ -280,8 +280,8 @@ def rank_variables(attempt: int) -> dict[str, str]:
 
 
 def prepare_data(config: Config) -> None:
-    """Before the ranks start, so that none of them waits in a collective for another's tokenising, and what is
-    wrong with the data is said once.
+    """Before the ranks start, so that none of them waits in a collective for another's tokenising, and what
+    is wrong with the data is said once.
 
     Raises ConfigError."""
     if config.data.source not in TEXT_SOURCES:

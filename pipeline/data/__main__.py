@@ -1,5 +1,5 @@
-"""python -m pipeline.data data=c4: prepares a corpus where there is a network, before runs need it. Of labelled
-samples it says what they are."""
+"""python -m pipeline.data data=c4: prepares a corpus where there is a network, before runs need it. Of
+labelled samples it says what they are."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def _described(data: DataConfig) -> str:
     split = samples.read(data)
     shape = " × ".join(map(str, split.train.shape))
     return (
-        f"{len(split.train_indices):,} samples of {shape} to train on, {len(split.validation_indices):,} held out, "
-        f"{split.train.classes} classes"
+        f"{len(split.train_indices):,} samples of {shape} to train on, "
+        f"{len(split.validation_indices):,} held out, {split.train.classes} classes"
     )
 
 

@@ -7,8 +7,8 @@ import hashlib
 import os
 import platform
 
-from pipeline.config import TEXT_SOURCES, DataConfig
 from pipeline import samples
+from pipeline.config import TEXT_SOURCES, DataConfig
 from pipeline.data import hub
 from pipeline.data.sources import corpus_files
 from pipeline.data.tokenizers import content_id

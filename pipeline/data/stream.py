@@ -60,7 +60,8 @@ Read = TypeVar("Read", covariant=True)
 
 
 class Source(Protocol[Read]):
-    """An infinite stream: what is at a position depends on the seed of the data alone. Any thread may read."""
+    """An infinite stream: what is at a position depends on the seed of the data alone. Any thread may
+    read."""
 
     @property
     def sequences_per_epoch(self) -> int: ...

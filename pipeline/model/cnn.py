@@ -28,8 +28,8 @@ def build(model: ClassifierConfig, shape: tuple[int, ...], outputs: int) -> CNN:
     """Raises ConfigError for samples that are no images [channels, height, width]."""
     if len(shape) != 3 or min(shape[1:]) < 4:
         raise ConfigError(
-            f"model={model.kind}: samples of shape {list(shape)} are no images [channels, height, width] of at "
-            f"least 4 × 4 pixels. Use model=mlp or model=logistic"
+            f"model={model.kind}: samples of shape {list(shape)} are no images [channels, height, width] of "
+            f"at least 4 × 4 pixels. Use model=mlp or model=logistic"
         )
     channels, height, width = shape
     return CNN(channels, model.widths, (height // 4) * (width // 4), outputs)

@@ -157,4 +157,3 @@ def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross entropy [nats] summed over tokens, in float32; the caller divides by the whole step's tokens."""
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
     return loss.full_tensor() if isinstance(loss, DTensor) else loss  # of logits split by vocabulary
-

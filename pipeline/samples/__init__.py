@@ -46,7 +46,8 @@ def fingerprint(data: DataConfig) -> str:
 
 
 def read(data: DataConfig) -> Split:
-    """The samples to train on and those held out. Raises ConfigError, with the place, for what is malformed."""
+    """The samples to train on and those held out. Raises ConfigError, with the place, for what is
+    malformed."""
     from pipeline.samples._samples import Split, hold_out, standardise
 
     samples, validation = _module(data.source).read(data)

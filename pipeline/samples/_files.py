@@ -1,5 +1,5 @@
-"""Files of data sets that the user has: found, or missing with a word where to get them; opened whatever packs
-them."""
+"""Files of data sets that the user has: found, or missing with a word where to get them; opened whatever
+packs them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def found(paths: list[Path], source: str, published: str) -> list[str]:
 
 @contextmanager
 def opened(path: str) -> Iterator[IO[bytes]]:
-    """The content, unpacked by the end of its name. Raises ConfigError for what is no such archive, or half of
-    one."""
+    """The content, unpacked by the end of its name. Raises ConfigError for what is no such archive, or half
+    of one."""
     try:
         with _OPENERS.get(Path(path).suffix, open)(path, "rb") as file:
             yield file

@@ -18,7 +18,8 @@ Batch = tuple[NDArray[np.float32], NDArray[np.int64]]  # inputs [n, …] and lab
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in `columns`."""
+    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in those
+    `columns`."""
 
     starts: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -33,7 +34,9 @@ class SparseRows:
         """The rows, dense."""
         counts = self.starts[rows + 1] - self.starts[rows]
         ends = counts.cumsum()
-        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.starts[rows] - ends + counts, counts)
+        places = np.arange(ends[-1] if len(ends) else 0) + np.repeat(
+            self.starts[rows] - ends + counts, counts
+        )
         dense = np.zeros((len(rows), self.width), np.float32)
         dense[np.repeat(np.arange(len(rows)), counts), self.columns[places]] = self.values[places]
         return dense
@@ -77,19 +80,22 @@ class Split:
 
 
 def hold_out(samples: Samples, fraction: float) -> Split:
-    """The same samples, whatever the seeds of a run: at least one, and not all. Raises ConfigError for a single
-    one."""
+    """The same samples, whatever the seeds of a run: at least one, and not all. Raises ConfigError for a
+    single one."""
     count = len(samples)
     if count < 2:
-        raise ConfigError(f"{count} sample: at least two are needed, one to train on and one to validate with")
+        raise ConfigError(
+            f"{count} sample: at least two are needed, one to train on and one to validate with"
+        )
     order = permute(np.arange(count), count, seed=0, epoch=0)
     held = min(max(1, round(fraction * count)), count - 1)
     return Split(samples, np.sort(order[held:]), samples, np.sort(order[:held]))
 
 
 def standardise(split: Split) -> Split:
-    """Each feature, of images each channel, to mean 0 and variance 1 over the samples that are trained on; a
-    constant one to 0. (A variance of each pixel would have a convolution meet another image at each place.)"""
+    """Each feature, of images each channel, to mean 0 and variance 1 over the samples that are trained on;
+    a constant one to 0. (A variance of each pixel would have a convolution meet another image at each
+    place.)"""
     mean, deviation = _moments(split.train, split.train_indices)
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
 
@@ -104,8 +110,8 @@ def standardise(split: Split) -> Split:
 def _moments(samples: Samples, indices: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean and standard deviation of each feature [width], or of each channel [channels, 1, 1].
 
-    As distances from a value that occurs: so a constant feature has a variance of exactly 0, which a mean that
-    is rounded does not give. A part of the samples at a time, because they may be sparse, or bytes.
+    As distances from a value that occurs: so a constant feature has a variance of exactly 0, which a mean
+    that is rounded does not give. A part of the samples at a time, because they may be sparse, or bytes.
     """
     pixels = tuple(range(2, 1 + len(samples.shape)))
     (first,), _ = samples.at(indices[:1])
@@ -122,8 +128,8 @@ def _moments(samples: Samples, indices: NDArray[np.int64]) -> tuple[NDArray[np.f
 
 
 class SampleStream:
-    """Position k of the infinite stream is sample permutation(seed, epoch)[k mod n] of those at `indices`: the order
-    contract of pipeline.data.stream."""
+    """Position k of the infinite stream is sample permutation(seed, epoch)[k mod n] of those at `indices`:
+    the order contract of pipeline.data.stream."""
 
     def __init__(self, samples: Samples, indices: NDArray[np.int64], seed: int) -> None:
         self._samples, self._indices, self._seed = samples, indices, seed

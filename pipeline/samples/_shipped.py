@@ -15,7 +15,8 @@ def shipped(name: str) -> Path:
     package = importlib.util.find_spec("sklearn")
     if package is None or package.origin is None:
         raise ConfigError(
-            f"data={name.partition('.')[0]}: this data set comes with scikit-learn. pip install 'crescendo[problems]'"
+            f"data={name.partition('.')[0]}: this data set comes with scikit-learn. "
+            f"pip install 'crescendo[problems]'"
         )
     return Path(package.origin).parent / "datasets" / "data" / name
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FILE = "breast_cancer.csv"
 
+
 def settings(data: DataConfig) -> frozenset[str]:
     return frozenset(["validation_fraction"])
 

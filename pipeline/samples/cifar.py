@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009) in the binary version: `data.files` is the directory of
-data_batch_1.bin … data_batch_5.bin and test_batch.bin, or of train.bin and test.bin, whose fine labels are taken.
-The test images are held out."""
+data_batch_1.bin … data_batch_5.bin and test_batch.bin, or of train.bin and test.bin, whose fine labels are
+taken. The test images are held out."""
 
 from __future__ import annotations
 
@@ -64,10 +64,14 @@ def _records(path: str, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int
     content = np.fromfile(path, np.uint8)
     size = _PIXELS + (2 if classes == 100 else 1)
     if not content.size or content.size % size:
-        raise ConfigError(f"{path}: {content.size} bytes, no multiple of the {size} of a CIFAR-{classes} image")
+        raise ConfigError(
+            f"{path}: {content.size} bytes, no multiple of the {size} of a CIFAR-{classes} image"
+        )
     records = content.reshape(-1, size)
     labels = records[:, -_PIXELS - 1].astype(np.int64)
     if labels.max() >= classes:
         bad = int((labels >= classes).argmax())
-        raise ConfigError(f"{path}: image {bad + 1} has label {labels[bad]}, CIFAR-{classes} has 0 to {classes - 1}")
+        raise ConfigError(
+            f"{path}: image {bad + 1} has label {labels[bad]}, CIFAR-{classes} has 0 to {classes - 1}"
+        )
     return records[:, -_PIXELS:].reshape(-1, *_SHAPE), labels

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 FILE = "digits.csv.gz"
 
+
 def settings(data: DataConfig) -> frozenset[str]:
     return frozenset(["validation_fraction"])
 

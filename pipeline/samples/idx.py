@@ -1,6 +1,6 @@
 """Grey images in the format of MNIST (LeCun, Cortes, Burges 1998): `data.files` is the directory of
-train-images-idx3-ubyte and train-labels-idx1-ubyte, each also packed (.gz). Those that begin with t10k instead
-of train are held out if they are there."""
+train-images-idx3-ubyte and train-labels-idx1-ubyte, each also packed (.gz). Those that begin with t10k
+instead of train are held out if they are there."""
 
 from __future__ import annotations
 

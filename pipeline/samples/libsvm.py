@@ -1,5 +1,6 @@
-"""Any file in the format of LIBSVM: a line is `label index:value …`, its indices ascend from 1 and what it does
-not name is 0. `data.files` is one file, or two of which the second is held out; .gz, .bz2 and .xz are unpacked.
+"""Any file in the format of LIBSVM: a line is `label index:value …`, its indices ascend from 1 and what it
+does not name is 0. `data.files` is one file, or two of which the second is held out; .gz, .bz2 and .xz are
+unpacked.
 
 After the label a `qid:number` may stand, and after `#` anything: both are left out. Labels are whole numbers
 of any kind (−1 and 1, 1 and 2, …); in ascending order over all files they become 0 … classes − 1.
@@ -105,9 +106,10 @@ def _blocks(path: str) -> Iterator[bytes]:
 
 
 def _parse_block(text: bytes, largest: int) -> tuple[NDArray[Any], ...]:
-    """Labels [n], features of each line [n], and of all features columns and values, without a loop over them.
+    """Labels [n], features of each line [n], and of all features columns and values, without a loop over
+    them.
 
-    Raises ValueError for whatever the format does not allow, without the place: `_first_problem` looks for it.
+    Raises ValueError for whatever the format does not allow, without the place, which `_first_problem` finds.
     """
     characters = np.frombuffer(text, np.uint8)
     is_newline = characters == ord("\n")
@@ -155,7 +157,8 @@ def _require(fine: Any) -> None:
 
 
 def _first_problem(path: str, first_line: int, text: bytes, largest: int) -> str:
-    """What is wrong with the first malformed line of a text that begins with line `first_line` of its file."""
+    """What is wrong with the first malformed line of a text that begins with line `first_line` of its
+    file."""
     for number, line in enumerate(text.split(b"\n"), first_line):
         if problem := _problem(line.split(), largest):
             return f"{path}, line {number}: {problem}"
@@ -178,7 +181,9 @@ def _problem(words: list[bytes], largest: int) -> str | None:
             rule = f"comes after {before}; indices must ascend" if before else "is not at least 1"
             return f"index {int(index)} {rule}"
         if int(index) > largest:
-            given = f"data.features={largest}" if largest < _LARGEST_INDEX else f"the largest possible, {largest}"
+            given = (
+                f"data.features={largest}" if largest < _LARGEST_INDEX else f"the largest possible, {largest}"
+            )
             return f"index {int(index)} is above {given}"
         if not _NUMBER.fullmatch(value) or abs(float(value)) > float(np.finfo(np.float32).max):
             return f"the value of {_shown(feature)} is no finite number"

@@ -5,8 +5,8 @@ How theirs was drawn is not known to us; here it is
     x_j ~ N(0, s_j²)   with s_j falling geometrically from 1 to 0.1, so that the covariance has condition 100,
     w_j ~ N(0, 1)      scaled so that wᵀx has standard deviation 3,
     y   ~ Bernoulli(σ(wᵀx)).
-The labels are noisy, so the loss has a finite minimum without l2, and the best classifier errs in about one of
-seven cases. The draw is the same whatever the seeds of a run: it is the data set, not its order.
+The labels are noisy, so the loss has a finite minimum without l2, and the best classifier errs in about one
+of seven cases. The draw is the same whatever the seeds of a run: it is the data set, not its order.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support import config
 COLOUR = (3, 32, 32)
 
 
+@functools.cache  # composing takes long
 def settings_of(kind: str, *overrides: str) -> ClassifierConfig:
     model = config("data=digits", f"model={kind}", *overrides).model
     assert isinstance(model, ClassifierConfig)
@@ -26,7 +28,12 @@ def settings_of(kind: str, *overrides: str) -> ClassifierConfig:
 
 
 def built(
-    kind: str, *overrides: str, shape: tuple[int, ...] = COLOUR, outputs: int = 10, device: str = "meta", seed: int = 0
+    kind: str,
+    *overrides: str,
+    shape: tuple[int, ...] = COLOUR,
+    outputs: int = 10,
+    device: str = "meta",
+    seed: int = 0,
 ) -> Classifier:
     with torch.device(device):
         model: Classifier = registry.load(models, kind).build(settings_of(kind, *overrides), shape, outputs)
@@ -34,7 +41,9 @@ def built(
     return model
 
 
-def randomised(kind: str, *overrides: str, shape: tuple[int, ...] = COLOUR) -> tuple[Classifier, dict[str, Tensor]]:
+def randomised(
+    kind: str, *overrides: str, shape: tuple[int, ...] = COLOUR
+) -> tuple[Classifier, dict[str, Tensor]]:
     """With weights that leave no term out: norms that are not 1, biases that are not 0."""
     model = built(kind, *overrides, shape=shape)
     generator = torch.Generator().manual_seed(1)
@@ -60,7 +69,9 @@ def inputs_of(shape: tuple[int, ...] = COLOUR, count: int = 3) -> Tensor:
         ("cnn", [], (3, 9, 6), 10, 3 * 9 * 16 + 16 + 16 * 9 * 32 + 32 + 32 * 2 * 1 * 10 + 10),
     ],
 )
-def test_number_of_parameters(kind: str, overrides: list[str], shape: tuple[int, ...], outputs: int, expected: int):
+def test_number_of_parameters(
+    kind: str, overrides: list[str], shape: tuple[int, ...], outputs: int, expected: int
+):
     model = built(kind, *overrides, shape=shape, outputs=outputs)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
     assert model(inputs_of(shape)).shape == (3, outputs)
@@ -112,7 +123,9 @@ def test_resnet18_is_that_of_the_paper_with_group_norms():
     x = normalised(F.conv2d(inputs_of(), w["stem.weight"], padding=1), "stem_norm").relu()
     for number in range(8):
         stride, block = 2 if number in (2, 4, 6) else 1, f"blocks.{number}"
-        y = normalised(F.conv2d(x, w[f"{block}.first.weight"], stride=stride, padding=1), f"{block}.first_norm")
+        y = normalised(
+            F.conv2d(x, w[f"{block}.first.weight"], stride=stride, padding=1), f"{block}.first_norm"
+        )
         y = normalised(F.conv2d(y.relu(), w[f"{block}.second.weight"], padding=1), f"{block}.second_norm")
         if stride == 2:
             x = normalised(F.conv2d(x, w[f"{block}.shortcut.0.weight"], stride=2), f"{block}.shortcut.1")

@@ -108,8 +108,7 @@ def test_missing_idx_files(mnist: Path):
 def cifar_file(path: Path, images: Bytes, *labels: Bytes) -> None:
     path.write_bytes(
         b"".join(
-            bytes([*own_labels]) + image.tobytes()
-            for image, *own_labels in zip(images, *labels, strict=True)
+            bytes([*own_labels]) + image.tobytes() for image, *own_labels in zip(images, *labels, strict=True)
         )
     )
 
@@ -151,7 +150,9 @@ def test_malformed_cifar_files(cifar10: Path):
     batch = cifar10 / "data_batch_3.bin"
     whole = batch.read_bytes()
     batch.write_bytes(whole[:-1])
-    with pytest.raises(ConfigError, match=r"data_batch_3\.bin: 18437 bytes, no multiple of the 3073 of a CIFAR-10"):
+    with pytest.raises(
+        ConfigError, match=r"data_batch_3\.bin: 18437 bytes, no multiple of the 3073 of a CIFAR-10"
+    ):
         samples.read(data("cifar", files=[cifar10]))
     batch.write_bytes(whole[: 2 * 3073] + b"\x0a" + whole[2 * 3073 + 1 :])
     with pytest.raises(ConfigError, match=r"data_batch_3\.bin: image 3 has label 10, CIFAR-10 has 0 to 9"):
@@ -160,5 +161,7 @@ def test_malformed_cifar_files(cifar10: Path):
 
 def test_missing_cifar_files(cifar10: Path):
     (cifar10 / "data_batch_4.bin").unlink()
-    with pytest.raises(ConfigError, match=rf"no file {cifar10}/data_batch_4\.bin\. .*{re.escape(cifar.PUBLISHED)}"):
+    with pytest.raises(
+        ConfigError, match=rf"no file {cifar10}/data_batch_4\.bin\. .*{re.escape(cifar.PUBLISHED)}"
+    ):
         samples.fingerprint(data("cifar", files=[cifar10]))

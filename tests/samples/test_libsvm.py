@@ -68,7 +68,9 @@ def test_comments_queries_blank_lines_and_other_white_space(tmp_path: Path):
     assert plain.at(np.arange(3))[0].tolist() == [[2, 0, np.float32(0.4)], [0, 0, 0], [0, 0.5, -7]]
 
 
-@pytest.mark.parametrize(("end", "packed"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)])
+@pytest.mark.parametrize(
+    ("end", "packed"), [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+)
 def test_packed_files(end: str, packed: Callable[[bytes], bytes], sparse: Path):
     file = sparse.with_name(f"sparse{end}")
     file.write_bytes(packed(sparse.read_bytes()))
@@ -181,7 +183,11 @@ def test_the_fast_parser_refuses_what_the_rules_refuse(text: str):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "has no samples"), ("# nothing\n\n", "has no samples"), ("3 1:1\n3 2:1\n", "all labels are 3; at least two")],
+    [
+        ("", "has no samples"),
+        ("# nothing\n\n", "has no samples"),
+        ("3 1:1\n3 2:1\n", "all labels are 3; at least two"),
+    ],
 )
 def test_files_without_two_classes(content: str, message: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=message):
@@ -189,7 +195,9 @@ def test_files_without_two_classes(content: str, message: str, tmp_path: Path):
 
 
 def test_missing_files_and_where_they_are_published(tmp_path: Path):
-    with pytest.raises(ConfigError, match=re.escape(f"no file {tmp_path}/a9a. The data set: {libsvm.PUBLISHED}")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"no file {tmp_path}/a9a. The data set: {libsvm.PUBLISHED}")
+    ):
         samples.fingerprint(data("libsvm", files=[tmp_path / "a9a"]))
     for files in ([], [tmp_path / name for name in "abc"]):
         with pytest.raises(ConfigError, match=rf"data=libsvm needs one file, or two.*{libsvm.PUBLISHED}"):
