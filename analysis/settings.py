@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis import numbers as text
 from analysis.load import Sweep
-from pipeline.config import ClassifierConfig, Config
+from pipeline.config import Config
 from pipeline.identity import identity_fields
 
 Facts = list[tuple[str, str]]
@@ -55,22 +55,15 @@ def in_brief(sweep: Sweep) -> str:
 
 def _model(config: Config) -> str:
     m = config.model
-    if isinstance(m, ClassifierConfig):
-        widths = f", widths {m.widths}" if m.widths else ""
-        return f"{m.name}, loss {m.loss}" + widths + (f", l2 {m.l2:g}" if m.l2 else "")
     return f"{m.name}, {text.compact(m.parameters)} parameters ({m.layers} layers, width {m.width})"
 
 
 def _budget(config: Config) -> str:
     sequences, length = config.budget_sequences, config.data.sequence_length
-    if isinstance(config.model, ClassifierConfig):
-        return f"{text.compact(sequences)} samples"
     return f"{text.compact(config.budget_tokens)} tokens ({sequences:,} sequences of {length})"
 
 
 def _data(config: Config) -> str:
-    if isinstance(config.model, ClassifierConfig):
-        return config.data.fingerprint or config.data.source
     tokenizer = "bytes" if config.data.tokenizer == "bytes" else f"tokens of {config.data.tokenizer}"
     return f"{config.data.source}, {tokenizer}"
 
@@ -109,8 +102,7 @@ def _learning_rate(config: Config) -> str:
 def _evaluation(config: Config) -> str:
     every = config.eval.interval_tokens
     when = "at the end" if every is None else f"every {text.compact(every)} tokens and at the end"
-    counted = "samples" if isinstance(config.model, ClassifierConfig) else "sequences"
-    return f"{config.eval.sequences} held-out {counted}, {when}"
+    return f"{config.eval.sequences} held-out sequences, {when}"
 
 
 _SETTINGS: dict[str, Callable[[Config], str]] = {
