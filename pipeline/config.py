@@ -684,6 +684,11 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
     problems = []
     if model.l2 < 0:
         problems.append(f"model.l2={model.l2}: must not be negative")
+    if model.l2 and model.loss == "auc":
+        problems.append(
+            f"model.l2={model.l2}: would also pull the saddle point's own parameters of model.loss=auc. Use "
+            f"model.l2=0 and optim.weight_decay"
+        )
     if any(width <= 0 for width in model.widths):
         problems.append(f"model.widths={model.widths}: each must be above 0")
     if model.kind == "logistic" and model.widths:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from pipeline import registry, samples
 from pipeline.config import ClassifierConfig, Config, ConfigError, LlamaConfig
 from pipeline.data import Stream, prepare
 from pipeline.data.stream import Source
+from pipeline.losses import AUC, Binary, CrossEntropy, Loss
 from pipeline.model._interface import Model
 from pipeline.model.llama import Llama, loss_sum
 from pipeline.parallel._ranks import Ranks
@@ -24,7 +24,7 @@ from pipeline.store import home, report
 class Problem(Protocol):
     train: Source[Any]
     held_out: Source[Any]  # in an order that is the same in all runs
-    evaluated: tuple[str, ...]  # the metrics of an evaluation
+    sums: int  # numbers that an evaluation adds up
 
     def model(self) -> Model:
         """On the meta device."""
@@ -39,14 +39,18 @@ class Problem(Protocol):
         ...
 
     def evaluate(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        """The `evaluated` metrics, summed over targets: [len(evaluated)]."""
+        """What an evaluation adds up over targets and ranks: float64 [sums]."""
+        ...
+
+    def metrics(self, sums: Tensor, targets: int) -> dict[str, float]:
+        """By name, of the sums over so many targets; `val/loss` is one of them."""
         ...
 
 
 class Language:
     """The next token of text; the loss is cross entropy in nats."""
 
-    evaluated = ("val/loss",)
+    sums = 1
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, LlamaConfig)
@@ -75,14 +79,15 @@ class Language:
         return loss_sum(model(inputs), targets)
 
     def evaluate(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(model, inputs, targets).view(1)
+        return self.loss(model, inputs, targets).double().view(1)
+
+    def metrics(self, sums: Tensor, targets: int) -> dict[str, float]:
+        return {"val/loss": float(sums[0]) / targets}
 
 
 class Classification:
     """The label of a sample, which counts as a sequence of one token. The loss of a sample includes
     `model.l2`/2 ‖w‖²; that of an evaluation does not."""
-
-    evaluated = ("val/loss", "val/accuracy")
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, ClassifierConfig)
@@ -104,37 +109,43 @@ class Classification:
                 f"model.loss={self._model.loss}: is of two classes, and data={data.source} has "
                 f"{self._classes}. Use model.loss=cross_entropy"
             )
+        self._loss = self._loss_of(split.train.labels[split.train_indices])
+        self.sums = self._loss.sums
+
+    def _loss_of(self, labels: NDArray[np.int64]) -> Loss:
+        match self._model.loss:
+            case "cross_entropy":
+                return CrossEntropy(self._classes)
+            case "binary":
+                return Binary()
+            case "auc":
+                return AUC(positives=float(labels.mean()))
 
     def model(self) -> Model:
         import pipeline.model as models
 
-        outputs = self._classes if self._model.loss == "cross_entropy" else 1
         build = registry.load(models, self._model.kind).build
         with torch.device("meta"):
-            model = build(self._model, self._shape, outputs)
-        model.gathered_whole = self._model.l2 > 0
-        return cast(Model, model)
+            model = build(self._model, self._shape, self._loss.outputs)
+            model.gathered_whole = self._model.l2 > 0
+            return self._loss.completed(model)
 
     def tensors(self, read: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         inputs, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in read)
         return inputs, labels
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = self._data_loss(model(inputs), targets)
+        loss = self._loss.of(model(inputs), targets).sum()
         if self._model.l2:
             squares = torch.stack([p.square().sum() for p in model.parameters()]).sum()
             loss = loss + len(targets) * self._model.l2 / 2 * squares
         return loss
 
-    def _data_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if self._model.loss == "cross_entropy":
-            return F.cross_entropy(logits, targets, reduction="sum")
-        return F.binary_cross_entropy_with_logits(logits[:, 0], targets.to(logits.dtype), reduction="sum")
-
     def evaluate(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = model(inputs)
-        guessed = logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
-        return torch.stack([self._data_loss(logits, targets).double(), (guessed == targets).sum().double()])
+        return self._loss.evaluated(model(inputs), targets)
+
+    def metrics(self, sums: Tensor, targets: int) -> dict[str, float]:
+        return self._loss.metrics(sums, targets)
 
 
 def check_samples(config: Config) -> None:

@@ -387,8 +387,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Means over the targets of the first `eval.sequences` held-out sequences; of replicas, those of their
-        mean."""
+        """Means over the targets of the first `eval.sequences` held-out sequences; of replicas, those of
+        their mean."""
         with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
             evaluated = self._evaluated()
         if self.ranks.is_main:
@@ -399,17 +399,17 @@ class Trainer:
 
     def _evaluated(self) -> dict[str, float]:
         """By metric."""
-        held_out, metrics = self.problem.held_out, self.problem.evaluated
+        held_out = self.problem.held_out
         total = min(self.config.eval.sequences, held_out.sequences_per_epoch)
-        sums = torch.zeros(len(metrics), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(self.problem.sums, dtype=torch.float64, device=self.device)
         for start, count in self._units(0, total, (self.ranks.data_rank,)):
             with self.strategy.loss(), self.strategy.autocast():
                 # Also without a share: sharded parameters are gathered by all ranks together.
                 batch = self._tensors(held_out.read(start, max(count, 1)))
                 unit_sums = self.problem.evaluate(self.model, *batch)
             sums += unit_sums if count else 0
-        totals = self.ranks.sum(sums / self.ranks.tensor_ranks)
-        return {name: value / (total * self.length) for name, value in zip(metrics, totals, strict=True)}
+        totals = torch.tensor(self.ranks.sum(sums / self.ranks.tensor_ranks), dtype=torch.float64)
+        return self.problem.metrics(totals, total * self.length)
 
     @torch.no_grad()
     def save(self) -> None:

@@ -26,8 +26,8 @@ class Classifier(Model):
         return ()
 
     def initial_weight(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """Matrices and kernels are normal with variance 2 over the inputs of an output (He et al. 2015, eq.
-        10), so that ReLUs keep the variance; biases are 0, weights of norms 1."""
+        """Matrices and kernels are normal with variance 2 over the inputs of an output (He et al. 2015,
+        eq. 10), so that ReLUs keep the variance; biases are 0, weights of norms 1."""
         if len(shape) == 1:
             return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
         inputs = math.prod(shape[1:])

@@ -18,7 +18,7 @@ Batch = tuple[NDArray[np.float32], NDArray[np.int64]]  # inputs [n, …] and lab
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in those
+    """Rows of a matrix [n, width] that is mostly 0: row i has `values[starts[i]:starts[i + 1]]` in
     `columns`."""
 
     starts: NDArray[np.int64]
