@@ -86,6 +86,7 @@ def _later_settings() -> dict[str, dict[str, Any]]:
         },
         "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
         "imbalance": {**defaults["imbalance"], "kind": "none"},
+        "track": {"exact_gradient": defaults["track"]["exact_gradient"]},
     }
 
 

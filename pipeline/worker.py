@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
 from pipeline.attempt import for_attempt, mesh_of
-from pipeline.config import TEXT_SOURCES, Config, ConfigError, check
+from pipeline.config import TEXT_SOURCES, Config, ConfigError, LlamaConfig, check
 from pipeline.environment import environment
 from pipeline.store import (
     AlreadyRunning,
@@ -212,12 +212,15 @@ def _conclusion(run: RunDirectory) -> str:
     trained, evaluated = (
         next(row for row in reversed(run.rows()) if key in row) for key in ("train/loss", "val/loss")
     )
-    return (
-        f"{trained['step']} steps, {trained['tokens']:,} tokens in {trained['time']:.0f} s of training, "
-        f"validation loss {evaluated['val/loss']:.4f}\n"
-        f"record: {run.metrics_file}\n"
-        f"export for transformers: {python()} -m pipeline.export {run.id} DIRECTORY"
-    )
+    text = isinstance(run.config().model, LlamaConfig)
+    lines = [
+        f"{trained['step']} steps, {trained['tokens']:,} {'tokens' if text else 'samples'} in "
+        f"{trained['time']:.0f} s of training, validation loss {evaluated['val/loss']:.4f}",
+        f"record: {run.metrics_file}",
+    ]
+    if text:
+        lines.append(f"export for transformers: {python()} -m pipeline.export {run.id} DIRECTORY")
+    return "\n".join(lines)
 
 
 def _again(run: RunDirectory, changes: Sequence[str]) -> str:
@@ -276,6 +279,10 @@ def prepare_data(config: Config) -> None:
     from pipeline.data import prepare
 
     if config.data.source not in TEXT_SOURCES:
+        if config.track.exact_gradient:
+            from pipeline.optimum import minimum
+
+            minimum(config)
         return  # labelled samples are read as they are
     prepare(config.data, home() / "corpora", report=report, progress=sys.stdout.isatty())
 
