@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -71,27 +70,36 @@ def test_logistic_regression_equals_numpys(home: Path):
     assert row["exact/variance"] == pytest.approx(((each - mean) ** 2).sum() / (len(x) - 1), rel=1e-12)
 
 
-def test_variance_of_a_network_is_that_of_its_samples_one_by_one(home: Path):
-    composed = config(*TUMOURS)
+NETWORKS = {
+    "mlp": TUMOURS,
+    "mlp binary": [*TUMOURS, "model.loss=binary"],
+    "mlp auc": [*TUMOURS, "model.loss=auc", "model.l2=0"],
+    "cnn": [*TUMOURS, "model=cnn", "model.widths=[2,3]", "data=digits", "data.validation_fraction=0.9"],
+    "resnet18": [*TUMOURS, "model=resnet18", "model.widths=[2,2,4,4]", "data=digits", "data.validation_fraction=0.98"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", NETWORKS.values(), ids=NETWORKS)
+def test_variance_of_a_network_is_that_of_its_samples_one_by_one(overrides: list[str], home: Path):
+    composed = config(*overrides)
     problem = problem_of(composed, ranks_of(composed))
     model = problem.model().to_empty(device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_()
+            parameter.normal_(std=0.3)
     parameters = list(model.parameters())
     inputs, targets = problem.tensors(problem.train.read(0, problem.samples or 0), torch.device("cpu"))
-    assert len(inputs) == 455
     each = []
     for i in range(len(inputs)):
         loss = problem.loss(model, inputs[i : i + 1], targets[i : i + 1])
         each.append(torch.cat([g.view(-1) for g in torch.autograd.grad(loss, parameters)]).double())
+    stacked = torch.stack(each)
     exact = Exact(composed, problem, ranks_of(composed))
     exact.compare(parameters, [p.detach() for p in parameters])
-    stacked = torch.stack(each)
     found = exact.evaluate(parameters)
-    assert found["exact/variance"] == pytest.approx(stacked.var(0).sum().item(), rel=1e-5)
-    assert found["exact/grad_norm"] == pytest.approx(stacked.mean(0).norm().item(), rel=1e-5)
+    assert found["exact/variance"] == pytest.approx(stacked.var(0).sum().item(), rel=1e-4)
+    assert found["exact/grad_norm"] == pytest.approx(stacked.mean(0).norm().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +130,21 @@ def test_it_changes_nothing_and_takes_no_training_time(home: Path, monkeypatch: 
     losses = column(run, "train/loss")
     run.path.rename(home / "plain")
 
-    def slowly(self: Exact, *arguments: Any) -> tuple[float, torch.Tensor]:
-        time.sleep(0.3)
+    clock = [0.0]  # seconds that are not there
+
+    def slowly(self: Exact) -> tuple[float, torch.Tensor]:
+        clock[0] += 1000
         return objective(self)
 
-    objective = Exact._objective
+    objective, now = Exact._objective, time.perf_counter
     monkeypatch.setattr(Exact, "_objective", slowly)
-    began = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + clock[0])
     composed = config(*TUMOURS)
     assert run_id(composed) == run_id(plain)
     run = train_here(composed)
-    assert time.perf_counter() - began > 1.2  # twice in each of two evaluations
+    assert clock[0] == 4000  # twice in each of two evaluations
     assert column(run, "train/loss") == losses
-    assert column(run, "time")[-1] < 0.6
+    assert column(run, "time")[-1] < 500
 
 
 def test_the_estimate_of_a_test_is_unbiased(home: Path):
