@@ -261,6 +261,7 @@ class TrackConfig:
     group: str | None
     tags: list[str]
     every: PositiveInt
+    exact_gradient: bool
 
 
 @dataclass(frozen=True)
@@ -435,7 +436,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def forms_of(hint: Any) -> tuple[type, ...]:
     """The dataclasses that a group of settings may be, told apart by their `kind`; none for a plain value."""
-    return tuple(form for form in (get_args(hint) or (hint,)) if is_dataclass(form))
+    return tuple(form for form in (get_args(hint) or (hint,)) if isinstance(form, type) and is_dataclass(form))
 
 
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
@@ -477,7 +478,7 @@ def _convert(kind: type[T], tree: Any, path: str, problems: list[str]) -> T:
     prefix = f"{path}." if path else ""
     hints = hints_of(kind)  # type: ignore[arg-type]
     problems += [unknown_key(f"{prefix}{key}") for key in tree if key not in hints]
-    values = {}
+    values: dict[str, Any] = {}
     for name, hint in hints.items():
         key = f"{prefix}{name}"
         if name not in tree:
@@ -623,6 +624,7 @@ def check(config: Config) -> None:
         ),  # what fits depends on what the schedule measures
         *check_imbalance(config),
         *_check_optimisation(config),
+        *_check_tracking(config),
         *_check_launch(config),
     ]
     if problems:
@@ -916,6 +918,16 @@ def _check_optimisation(config: Config) -> list[str]:
     if optim.weight_decay < 0:
         problems.append(f"optim.weight_decay={optim.weight_decay}: must not be negative")
     return problems
+
+
+def _check_tracking(config: Config) -> list[str]:
+    if config.track.exact_gradient and isinstance(config.model, LlamaConfig):
+        return [
+            f"track.exact_gradient=true model={config.model.name}: the gradient over a whole corpus would take "
+            f"longer than the run. Use track.exact_gradient=false, or labelled samples, such as "
+            f"model=logistic data=digits"
+        ]
+    return []
 
 
 def _check_launch(config: Config) -> list[str]:

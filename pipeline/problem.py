@@ -25,6 +25,7 @@ class Problem(Protocol):
     train: Source[Any]
     held_out: Source[Any]  # in an order that is the same in all runs
     sums: int  # numbers that an evaluation adds up
+    samples: int | None  # labelled ones to train on, of all ranks together; None of text
 
     def model(self) -> Model:
         """On the meta device."""
@@ -51,6 +52,7 @@ class Language:
     """The next token of text; the loss is cross entropy in nats."""
 
     sums = 1
+    samples = None
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, LlamaConfig)
@@ -94,6 +96,7 @@ class Classification:
         self._model, data = config.model, config.data
         split = samples.read(data)
         indices = split.train_indices
+        self.samples = len(indices)
         if data.distribution == "by_rank":
             if len(indices) < ranks.data_ranks:
                 raise ConfigError(

@@ -288,6 +288,10 @@ def prepare_data(config: Config) -> None:
         from pipeline.problem import check_samples
 
         check_samples(config)
+        if config.track.exact_gradient:
+            from pipeline.optimum import minimum
+
+            minimum(config)
         return
     from pipeline.data import prepare
 
