@@ -190,6 +190,8 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
         ("imbalance", "delay"): ["parallel=ddp"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
         ("batch", "critical"): ["batch.measured_tokens=[1M]", "batch.measured_sizes=[70]"],
+        **{("model", kind): ["data=digits"] for kind in get_args(ClassifierConfig.__annotations__["kind"])},
+        **{("data", source): ["model=logistic", "data.files=[x]"] for source in pipeline.samples.names()},
     }
     overrides = needs.get((group, option), [])
     if group == "sync":
