@@ -27,7 +27,7 @@ MEDIAN_SHARE = 0.05  # width of the noise scale's window, as a share of its meas
 
 RATE_WINDOW = 0.02  # width of the throughput's window, as a share of the run's training time
 
-AXES = ("tokens", "step", "time", "flops")
+AXES = ("epochs", "tokens", "step", "time", "flops")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Trace:
         x = {axis: rows[axis].to_numpy() for axis in ("tokens", "step", "time")}
         if self.run.flops_per_token:
             x["flops"] = x["tokens"] * self.run.flops_per_token
+        known = self.rows.filter(pl.col("epochs").is_not_null())
+        if len(known):
+            x["epochs"] = np.interp(x["tokens"], known["tokens"].to_numpy(), known["epochs"].to_numpy())
         return Curve(self.schedule, self.run.seed, self.finished, x, y)
 
 
@@ -71,6 +74,11 @@ def traces(sweep: Sweep, schedules: Sequence[Schedule]) -> list[Trace]:
 def recorded(column: str) -> Callable[[Trace], Curve | None]:
     """A column as it was recorded."""
     return lambda trace: _curve(trace, trace.rows.filter(pl.col(column).is_not_null()), column)
+
+
+def positive(column: str) -> Callable[[Trace], Curve | None]:
+    """A column for a logarithmic axis: without what rounding has made 0 or less."""
+    return lambda trace: _curve(trace, trace.rows.filter(pl.col(column) > 0), column)
 
 
 def batch_size(trace: Trace) -> Curve | None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from analysis import align
 from analysis import numbers as text
-from analysis.evaluations import AXES, TOKENS, Axis, Evaluations
+from analysis.evaluations import AXES, Axis, Evaluations
 from analysis.statistics import (
     SIGNIFICANCE,
     Estimate,
@@ -50,6 +50,7 @@ class Equal:
     baseline_loss: Estimate | None = None
     difference: Estimate | None = None  # loss − baseline's, paired by seed
     seeds: tuple[str, ...] = ()  # the shared ones
+    unit: str = "tokens"  # of what runs have seen
     tokens: tuple[float, float] | None = None  # seen there, means over the runs: schedule, baseline
     progress: tuple[float, float] | None = None  # share of their runs that lies before, likewise
     hosts: int = 0  # that the runs were on
@@ -62,9 +63,9 @@ class Equal:
         if self.place is None:
             return ""
         words = f"at {self.axis.amount(self.place)}"
-        if self.axis is not TOKENS and self.tokens:
+        if self.axis.name != "tokens" and self.tokens:
             own, reference = (text.compact(tokens, 3) for tokens in self.tokens)
-            return words if own == reference else f"{words}, {own} against {reference} tokens"
+            return words if own == reference else f"{words}, {own} against {reference} {self.unit}"
         if self.early and self.progress:
             own, reference = (f"{share:.0%}" for share in self.progress)
             return f"{words}, after {own} of the runs against {reference}"
@@ -77,14 +78,18 @@ class Equal:
 
 
 def compare_at_equal(
-    comparisons: Sequence[Comparison], measured: Mapping[str, Sequence[Evaluations]]
+    comparisons: Sequence[Comparison],
+    measured: Mapping[str, Sequence[Evaluations]],
+    axes: Sequence[Axis] = AXES,
 ) -> list[Equal]:
-    """Each comparison on each axis."""
+    """Each comparison on each axis; the first is that of what runs see."""
     found: list[Equal] = []
-    for axis in AXES:
+    for axis in axes:
         alone = [_compare(axis, c.schedule, c.baseline, measured) for c in comparisons]
         adjusted = holm({e.schedule: e.p for e in alone if e.p is not None})
-        found += [_corrected(equal, adjusted.get(equal.schedule)) for equal in alone]
+        found += [
+            replace(_corrected(equal, adjusted.get(equal.schedule)), unit=axes[0].title) for equal in alone
+        ]
     return found
 
 

@@ -12,7 +12,7 @@ from analysis import align
 from analysis import numbers as text
 from analysis.align import Array
 from analysis.load import Run, Sweep
-from analysis.summary import Schedule
+from analysis.summary import Schedule, unit_of
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,19 @@ TIME = Axis("time", "training time", text.duration, "")
 FLOPS = Axis("flops", "FLOPs", text.flops, "")
 AXES = (TOKENS, STEPS, TIME, FLOPS)
 
-_COLUMNS = {"tokens": "tokens", "steps": "step", "time": "time"}
+# Of labelled samples.
+SAMPLES = Axis("tokens", "samples", lambda value: text.compact(value, 3), " samples")
+EPOCHS = Axis(
+    "epochs", "full gradient evaluations", lambda value: text.compact(value, 3), " full gradient evaluations"
+)
+AXES_OF_SAMPLES = (SAMPLES, STEPS, TIME, EPOCHS)
+
+_COLUMNS = {"tokens": "tokens", "steps": "step", "time": "time", "epochs": "epochs"}
+
+
+def axes_of(schedules: Sequence[Schedule]) -> tuple[Axis, ...]:
+    """What they are compared at: the first is what all budgets count, the last what an update costs."""
+    return AXES_OF_SAMPLES if unit_of(schedules) == "samples" else AXES
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from analysis.look import Spec
 from analysis.panels import Axis, Panel, Quantity
 from analysis.projection import Projection
 from analysis.statistics import Estimate
-from analysis.summary import Schedule
+from analysis.summary import Schedule, unit_of
 
 VEGA_LITE = "6.4"
 MARKED_POINTS = 1_000  # of all runs together: more are a smear, and slow to draw
@@ -59,6 +59,9 @@ class _Curves:
 
 
 _CURVES = {
+    "gap": _Curves(curves.positive("exact/gap"), align.interpolate, exact=True),
+    "grad_norm": _Curves(curves.positive("exact/grad_norm"), align.interpolate, exact=True),
+    "accuracy": _Curves(curves.recorded("val/accuracy"), align.interpolate, exact=True),
     "validation": _Curves(curves.recorded("val/loss"), align.interpolate, exact=True),
     "training": _Curves(curves.recorded("train/loss"), curves.smooth),
     "batch": _Curves(curves.batch_size, align.hold),
@@ -90,8 +93,11 @@ def build(
     datasets["projected_time"] = curves.projected(projection, "seconds")
     datasets["projected_gpu_hours"] = curves.projected(projection, "gpu_hours")
 
-    drawing = Drawing(datasets, schedules, panels.axes(ends))
-    makers = (_tradeoff, _validation, _training, _batch, _noise, _throughput, _projected)
+    drawing = Drawing(datasets, schedules, panels.axes(ends, unit_of(schedules)))
+    makers = (
+        *(_tradeoff, _gap, _gradient, _validation, _accuracy, _training, _batch, _noise, _throughput),
+        _projected,
+    )
     figures = [figure for make in makers if (figure := make(drawing))]
     used = {name for figure in figures for panel in figure.panels for name in panel.names}
     return figures, {name: data for name, data in datasets.items() if name in used}
@@ -114,6 +120,20 @@ class Drawing:
         return [schedule.label for schedule in self.schedules]
 
     @property
+    def unit(self) -> str:
+        """tokens, or samples"""
+        return unit_of(self.schedules)
+
+    @property
+    def batch_unit(self) -> str:
+        return "samples" if self.unit == "samples" else "sequences"
+
+    @property
+    def first(self) -> tuple[str, ...]:
+        """The axis of a file that shows one."""
+        return (next(iter(self.axes)),)
+
+    @property
     def lines(self) -> str:
         """What a line is, in words."""
         if any(schedule.finished for schedule in self.schedules):
@@ -132,10 +152,12 @@ class Drawing:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The axes of a file: FLOPs are tokens times a constant unless the runs' models differ."""
+        """The axes of a file: FLOPs are tokens times a constant unless the runs' models differ, and samples
+        are full gradients times their number."""
         runs = [run for schedule in self.schedules for run in schedule.runs]
         models = {repr((run.config.model, run.config.data.sequence_length)) for run in runs if run.config}
-        return tuple(axis for axis in self.axes if axis != "flops" or len(models) > 1)
+        redundant = {"tokens"} if "epochs" in self.axes else {"flops"} if len(models) <= 1 else set()
+        return tuple(axis for axis in self.axes if axis not in redundant)
 
 
 def _tradeoff(drawing: Drawing) -> Figure | None:
@@ -149,7 +171,7 @@ def _tradeoff(drawing: Drawing) -> Figure | None:
         "tradeoff",
         "The trade: loss against steps and time",
         "Lower is a better model; further left is fewer optimizer steps, or less training time, for the same "
-        "tokens. Large marks: mean over seeds, with the 95% interval as a bar, cut at the frame; small "
+        f"{drawing.unit}. Large marks: mean over seeds, with the 95% interval as a bar, cut at the frame; small "
         "marks: seeds. The dashed line joins the schedules that no other beats in both."
         + (f" Without a final loss, so not drawn: {', '.join(absent)}." if absent else ""),
         f"Final validation loss, optimizer steps and training time. {_ends(drawing.schedules)}",
@@ -175,6 +197,59 @@ def _validation(drawing: Drawing) -> Figure | None:
     )
 
 
+def _gap(drawing: Drawing) -> Figure | None:
+    return _falling(
+        drawing,
+        "gap",
+        "optimality_gap",
+        "Optimality gap",
+        "The objective over all samples that are trained on, minus its least value.",
+    )
+
+
+def _gradient(drawing: Drawing) -> Figure | None:
+    return _falling(
+        drawing,
+        "grad_norm",
+        "gradient_norm",
+        "Exact gradient norm",
+        "Of the objective over all samples that are trained on.",
+    )
+
+
+def _falling(drawing: Drawing, dataset: str, name: str, title: str, caption: str) -> Figure | None:
+    """What goes to 0 where a run converges. `dataset`: its name among the numbers of a run as well."""
+    values = drawing.values(dataset)
+    if not values:
+        return None
+    ends = "; ".join(f"{s.label}: {text.small(s.mean(dataset))}" for s in drawing.schedules if s.finished)
+    return Figure(
+        name,
+        title,
+        f"{caption} Logarithmic: linear convergence is a straight line. {drawing.lines}.",
+        f"{title} at the end. {ends}",
+        drawing.curves(dataset, panels.logarithmic(title.lower(), values, 10, "linear")),
+        drawing.compared,
+    )
+
+
+def _accuracy(drawing: Drawing) -> Figure | None:
+    values = drawing.values("accuracy")
+    if not values:
+        return None
+    ends = "; ".join(
+        f"{s.label}: {text.percent(s.mean('val_accuracy'))}" for s in drawing.schedules if s.finished
+    )
+    return Figure(
+        "validation_accuracy",
+        "Validation accuracy",
+        f"Share of held-out samples whose label is guessed. {drawing.lines}.",
+        f"Validation accuracy at the end. {ends}",
+        drawing.curves("accuracy", panels.share("validation accuracy", values)),
+        drawing.compared,
+    )
+
+
 def _training(drawing: Drawing) -> Figure | None:
     if not drawing.values("training"):
         return None
@@ -195,7 +270,7 @@ def _batch(drawing: Drawing) -> Figure | None:
     sizes = [y for y in drawing.values("batch") if y > 0]
     if not sizes:
         return None
-    quantity = panels.logarithmic("batch size (sequences)", sizes, 2, "step-before")
+    quantity = panels.logarithmic(f"batch size ({drawing.batch_unit})", sizes, 2, "step-before")
     final = "; ".join(
         f"{s.label}: mean {text.count(s.mean('mean_batch'))}, final {text.count(s.mean('final_batch'))}"
         for s in drawing.schedules
@@ -204,11 +279,11 @@ def _batch(drawing: Drawing) -> Figure | None:
     return Figure(
         "batch_size",
         "Batch size",
-        f"Sequences per optimizer step. {drawing.lines}. The last step, cut to end on the budget, is not "
+        f"{drawing.batch_unit.capitalize()} per optimizer step. {drawing.lines}. The last step, cut to end on the budget, is not "
         "drawn.",
-        f"Batch size in sequences. {final}",
+        f"Batch size in {drawing.batch_unit}. {final}",
         drawing.curves("batch", quantity),
-        ("tokens",),
+        drawing.first,
     )
 
 
@@ -216,15 +291,15 @@ def _noise(drawing: Drawing) -> Figure | None:
     scales = [y for y in drawing.values("noise") if y > 0]
     if not scales:
         return None
-    quantity = panels.logarithmic("noise scale (sequences)", scales, 10, "linear")
+    quantity = panels.logarithmic(f"noise scale ({drawing.batch_unit})", scales, 10, "linear")
     return Figure(
         "noise_scale",
         "Gradient noise scale",
-        f"The batch, in sequences, at which noise and signal of the gradient are equal: running median over "
+        f"The batch, in {drawing.batch_unit}, at which noise and signal of the gradient are equal: running median over "
         f"{MEDIAN_SHARE:.0%} of the measurements, since a single one is often meaningless. {drawing.lines}.",
-        f"Noise scale, from {text.compact(min(scales))} to {text.compact(max(scales))} sequences",
+        f"Noise scale, from {text.compact(min(scales))} to {text.compact(max(scales))} {drawing.batch_unit}",
         drawing.curves("noise", quantity),
-        ("tokens",),
+        drawing.first,
     )
 
 
@@ -233,18 +308,18 @@ def _throughput(drawing: Drawing) -> Figure | None:
     if not rates:
         return None
     means = "; ".join(
-        f"{s.label}: {text.compact(s.mean('tokens_per_second'), 3)} tokens/s"
+        f"{s.label}: {text.compact(s.mean('tokens_per_second'), 3)} {drawing.unit}/s"
         for s in drawing.schedules
         if s.finished
     )
     return Figure(
         "throughput",
         "Throughput",
-        f"Tokens per second of training, without evaluation, over windows of {RATE_WINDOW:.0%} of a run's "
+        f"{drawing.unit.capitalize()} per second of training, without evaluation, over windows of {RATE_WINDOW:.0%} of a run's "
         f"time. {drawing.lines}.",
-        f"Tokens per second of training. {means}",
-        drawing.curves("throughput", panels.from_zero("tokens per second", rates)),
-        ("tokens",),
+        f"{drawing.unit.capitalize()} per second of training. {means}",
+        drawing.curves("throughput", panels.from_zero(f"{drawing.unit} per second", rates)),
+        drawing.first,
     )
 
 

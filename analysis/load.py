@@ -19,7 +19,7 @@ import polars as pl
 from analysis.draft import draft
 from analysis.records import ROWS
 from analysis.sources import ONLINE, Log, Logs, Origin, attempt, source
-from pipeline.config import Config, ConfigError, did_you_mean
+from pipeline.config import ClassifierConfig, Config, ConfigError, LlamaConfig, did_you_mean
 from pipeline.identity import identity_fields
 from pipeline.store import RunDirectory, State, Status, home
 from pipeline.throughput import flops_per_token
@@ -62,9 +62,15 @@ class Run:
         return {axis: value for axis, value in self.axes.items() if axis != SEED and self._reads(axis)}
 
     @property
+    def labelled(self) -> bool:
+        """Whether what its counters call a token is a labelled sample."""
+        return self.config is not None and isinstance(self.config.model, ClassifierConfig)
+
+    @property
     def flops_per_token(self) -> float | None:
-        """Of a token that is counted; under gradient coding each is computed several times."""
-        if self.config is None:
+        """Of a token that is counted; under gradient coding each is computed several times. Of a labelled
+        sample it is not known, since its shape is that of the data."""
+        if self.config is None or not isinstance(self.config.model, LlamaConfig):
             return None
         times = self.config.sync.redundancy if self.config.sync.method == "gradient_coding" else 1
         return times * flops_per_token(self.config.model, self.config.data.sequence_length)

@@ -117,6 +117,15 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} d"
 
 
+def small(value: float | None) -> str:
+    """Two digits, whatever the size: 0.12, 3.4e-05."""
+    return MISSING if value is None else f"{value:.2g}".replace("-", MINUS)
+
+
+def percent(value: float | None) -> str:
+    return MISSING if value is None else f"{100 * value:.1f}%"
+
+
 def listed(values: Sequence[object]) -> str:
     """a, b and c"""
     *most, last = map(str, values)

@@ -54,10 +54,12 @@ _SI = "datum.value < 1 ? format(datum.value, '~g') : replace(format(datum.value,
 _POWER = "datum.value == 0 ? '0' : replace(format(datum.value, '.3~e'), 'e+', 'e')"  # 1.5e12
 
 
-def axes(ends: dict[str, float]) -> dict[str, Axis]:
-    """Those of `ends`."""
+def axes(ends: dict[str, float], unit: str = "tokens") -> dict[str, Axis]:
+    """Those of `ends`; `unit`: of what the axis "tokens" counts."""
+    gradients = "full gradient evaluations"
     found = (
-        Axis("tokens", "tokens", "tokens", ends["tokens"], {"labelExpr": _SI}),
+        Axis("epochs", gradients, gradients, ends.get("epochs", 0.0), {"labelExpr": _SI}),
+        Axis("tokens", unit, unit, ends["tokens"], {"labelExpr": _SI}),
         Axis("step", "optimizer steps", "optimizer steps", ends["step"], {"labelExpr": _SI}),
         _time_axis(ends["time"]),
         Axis("flops", "model FLOPs", "model FLOPs", ends.get("flops", 0.0), {"labelExpr": _POWER}),
@@ -379,6 +381,14 @@ def time(seconds: Sequence[float]) -> Quantity:
     ends = [_rounded(0.9 * min(seconds)), _rounded(1.1 * max(seconds))]
     scale: Spec = {"type": "log", "nice": False, "domain": ends}
     return Quantity(axis.title, scale, {"labelExpr": axis.spec["labelExpr"], **_log_ticks(axis, ends)})
+
+
+def share(title: str, values: Sequence[float]) -> Quantity:
+    """Linear, in percent."""
+    low, high = min(values), max(values)
+    margin = 0.04 * (high - low) or 0.01
+    ends = [_rounded(max(0.0, low - margin)), _rounded(min(1.0, high + margin))]
+    return Quantity(title, {"zero": False, "nice": False, "domain": ends}, {"format": ".3~p"})
 
 
 def from_zero(title: str, values: Sequence[float]) -> Quantity:

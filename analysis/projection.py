@@ -37,7 +37,7 @@ from analysis.step_cost import (
 )
 from analysis.summary import Schedule
 from analysis.synchronisation import Network, Synchronisation, mesh_at, synchronisation
-from pipeline.config import Config, ConfigError, to_tree
+from pipeline.config import Config, ConfigError, LlamaConfig, to_tree
 from pipeline.identity import identity_fields
 from pipeline.optim import stepping
 from pipeline.store import RunDirectory, home
@@ -222,6 +222,8 @@ def _unusable(own: Sequence[StepTrace]) -> str | None:
         return "none of its runs has finished"
     if not all(run.whole for run in own):
         return "its log misses steps, of which the run's own record holds every one"
+    if not isinstance(own[0].config.model, LlamaConfig):
+        return "only language models are projected"
     if (sync := own[0].config.sync.method) != "allreduce":
         return f"it has sync={sync}, and only ranks that average gradients in every step are projected"
     if (imbalance := own[0].config.imbalance).read:

@@ -27,6 +27,11 @@ COLUMNS = (
     "batch/requested",
     "batch/accumulation",
     "stat/noise_scale",
+    "epochs",
+    "val/accuracy",
+    "val/auc",
+    "exact/gap",
+    "exact/grad_norm",
 )
 
 ROWS = {column: pl.Float64 for column in COLUMNS}

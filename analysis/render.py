@@ -30,7 +30,7 @@ from analysis.report import Report
 from analysis.tables import plain, tables, to_json
 from pipeline.store import write_atomically
 
-AXIS_NAMES = {"tokens": "Tokens", "step": "Steps", "time": "Time", "flops": "FLOPs"}
+AXIS_NAMES = {"epochs": "Full gradients", "step": "Steps", "time": "Time", "flops": "FLOPs"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -102,7 +102,11 @@ def render_html(report: Report) -> str:
         library=_library(),
         colors={scheme: list(enumerate(look.colors(scheme, n))) for scheme in look.SCHEMES},
         dashes=look.dashes(n),
-        axes={p.axis: AXIS_NAMES[p.axis] for figure, p in panels_in_all if figure.follows_axis},
+        axes={
+            p.axis: report.unit.capitalize() if p.axis == "tokens" else AXIS_NAMES[p.axis]
+            for figure, p in panels_in_all
+            if figure.follows_axis
+        },
         varied=facts.differences(report.sweep),
     )
 
@@ -144,6 +148,7 @@ def render(template: str, report: Report, **more: object) -> str:
         "probability": text.probability,
         "difference": lambda compared: typeset.difference(compared.difference if compared else None),
         "speedup": typeset.speedup,
+        "measure": lambda value, name: typeset.measure(name, value),
         "date": facts.date,
         "tied": _tied,
         "sentence_case": lambda words: words[:1].upper() + words[1:],

@@ -11,12 +11,12 @@ from analysis import figures as charts
 from analysis import settings as facts
 from analysis.curves import Dataset
 from analysis.equal import Equal, compare_at_equal
-from analysis.evaluations import AXES, FLOPS, TIME, Axis, evaluations
+from analysis.evaluations import EPOCHS, FLOPS, TIME, Axis, axes_of, evaluations
 from analysis.figures import Figure
 from analysis.load import Run, Sweep
 from analysis.projection import GPU_COUNTS, Projection, project, step_traces
 from analysis.statistics import BOOTSTRAP_SEEDS
-from analysis.summary import RunNumbers, Schedule, run_numbers, summarise
+from analysis.summary import MORE, RunNumbers, Schedule, run_numbers, summarise, unit_of
 from analysis.synchronisation import Network
 from analysis.target import Target, check_target, reach_targets
 from analysis.verdict import (
@@ -124,10 +124,30 @@ class Report:
 
     @property
     def axes(self) -> list[Axis]:
-        """Those that a comparison is shown on: of FLOPs only where they tell something that tokens do not."""
-        own = [e.tokens for e in self.equal if e.axis is FLOPS and e.tokens]
+        """Those that a comparison is shown on: of FLOPs, and of full gradients, only where they tell something
+        that tokens do not."""
+        own = [e.tokens for e in self.equal if e.axis in (FLOPS, EPOCHS) and e.tokens]
         same = all(math.isclose(*tokens) for tokens in own)
-        return [axis for axis in AXES if axis is not FLOPS or not same]
+        return [axis for axis in axes_of(self.schedules) if axis not in (FLOPS, EPOCHS) or not same]
+
+    @property
+    def unit(self) -> str:
+        """tokens, or samples"""
+        return unit_of(self.schedules)
+
+    @property
+    def batch_unit(self) -> str:
+        return "samples" if self.unit == "samples" else "sequences"
+
+    @property
+    def more(self) -> dict[str, str]:
+        """The numbers beside losses and costs that any of its runs has, and how a reader calls them."""
+        found = [n for n in self.numbers.values()]
+        return {
+            name: title
+            for name, (_, title) in MORE.items()
+            if any(getattr(numbers, name) is not None for numbers in found)
+        }
 
     @property
     def equal_notes(self) -> list[str]:
@@ -141,10 +161,15 @@ class Report:
         ]
         if any(e.early for e in self.equal):
             notes.append(
-                "Where one of the two has seen fewer tokens, or less of its run, it is compared before its "
+                f"Where one of the two has seen fewer {self.unit}, or less of its run, it is compared before its "
                 "learning rate has come down: planned to end there, it would do better."
             )
-        if FLOPS not in self.axes:
+        if self.unit == "samples":
+            notes.append(
+                "FLOPs are not counted: at equal samples they are equal where the model and the evaluations of "
+                "a gradient per step are."
+            )
+        elif FLOPS not in self.axes:
             known = any(e.place is not None for e in self.equal if e.axis is FLOPS)
             notes.append(
                 "FLOPs: as at equal tokens, since a token costs the compared runs the same."
@@ -207,8 +232,8 @@ def build(
         schedules=schedules,
         baseline=chosen,
         comparisons=comparisons,
-        equal=compare_at_equal(comparisons, measured),
-        targets=reach_targets(schedules, comparisons, measured, target),
+        equal=compare_at_equal(comparisons, measured, axes_of(schedules)),
+        targets=reach_targets(schedules, comparisons, measured, target, axes_of(schedules)),
         projection=projection,
         overall=overall(schedules, comparisons),
         headline=headline(schedules, comparisons),

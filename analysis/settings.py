@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis import numbers as text
 from analysis.load import Sweep
-from pipeline.config import Config
+from pipeline.config import ClassifierConfig, Config
 from pipeline.identity import identity_fields
 
 Facts = list[tuple[str, str]]
@@ -49,21 +49,34 @@ def in_brief(sweep: Sweep) -> str:
     seeds = facts.get("Seeds", "")
     seeds = f"seeds {seeds}" if "," in seeds else f"seed {seeds}" if seeds else ""
     budgets = [text.compact(run.config.budget_tokens) for run in sweep.runs if run.config]
-    budget = f"{_distinct(budgets)} tokens per run" if budgets else ""
+    units = {_unit(run.config) for run in sweep.runs if run.config}
+    unit = units.pop() if len(units) == 1 else "tokens"
+    budget = f"{_distinct(budgets)} {unit} per run" if budgets else ""
     return " · ".join(part for part in (facts.get("Model"), budget, seeds, facts.get("Hosts")) if part)
 
 
 def _model(config: Config) -> str:
     m = config.model
+    if isinstance(m, ClassifierConfig):
+        widths = f", widths {m.widths}" if m.widths else ""
+        return f"{m.name}{widths}, {m.loss.replace('_', ' ')} loss, l2 {m.l2:g}"
     return f"{m.name}, {text.compact(m.parameters)} parameters ({m.layers} layers, width {m.width})"
 
 
 def _budget(config: Config) -> str:
     sequences, length = config.budget_sequences, config.data.sequence_length
+    if _unit(config) == "samples":
+        return f"{text.compact(sequences)} samples"
     return f"{text.compact(config.budget_tokens)} tokens ({sequences:,} sequences of {length})"
 
 
+def _unit(config: Config) -> str:
+    return "samples" if isinstance(config.model, ClassifierConfig) else "tokens"
+
+
 def _data(config: Config) -> str:
+    if _unit(config) == "samples":
+        return f"{config.data.source}{', standardised' if config.data.standardise else ''}"
     tokenizer = "bytes" if config.data.tokenizer == "bytes" else f"tokens of {config.data.tokenizer}"
     return f"{config.data.source}, {tokenizer}"
 
@@ -93,7 +106,7 @@ def _optimizer(config: Config) -> str:
 
 def _learning_rate(config: Config) -> str:
     lr = config.lr
-    tokens = f"{text.compact(lr.warmup_tokens)} tokens"
+    tokens = f"{text.compact(lr.warmup_tokens)} {_unit(config)}"
     warmup = f"{lr.warmup_steps} steps" if lr.warmup_tokens is None else tokens
     scaling = "" if lr.batch_scaling == "none" else f", scaled with the batch: {lr.batch_scaling}"
     return f"{lr.schedule.replace('_', ' ')}, warm-up {warmup}, down to {lr.min_ratio:g} of the peak{scaling}"
@@ -101,8 +114,10 @@ def _learning_rate(config: Config) -> str:
 
 def _evaluation(config: Config) -> str:
     every = config.eval.interval_tokens
-    when = "at the end" if every is None else f"every {text.compact(every)} tokens and at the end"
-    return f"{config.eval.sequences} held-out sequences, {when}"
+    unit = _unit(config)
+    when = "at the end" if every is None else f"every {text.compact(every)} {unit} and at the end"
+    held_out = "held-out samples at most" if unit == "samples" else "held-out sequences"
+    return f"{config.eval.sequences} {held_out}, {when}"
 
 
 _SETTINGS: dict[str, Callable[[Config], str]] = {

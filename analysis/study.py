@@ -44,7 +44,7 @@ EXAMPLE = """\
     time: _runtime                              # without it: wandb's clock, in seconds
 """
 
-COUNTERS = ("step", "tokens", "time", "sequences")
+COUNTERS = ("step", "tokens", "time", "sequences", "epochs")
 MEASURED = tuple(column for column in COLUMNS if column not in COUNTERS)
 _PART = {"part": pl.Int32, **ROWS}
 LOSSES = ("train/loss", "val/loss")

@@ -34,6 +34,19 @@ class RunNumbers:
     val_loss: float | None  # after the last step
     seconds: float | None  # of training, without evaluation
     tokens_per_second: float | None
+    val_accuracy: float | None = None  # these at the end as well, of labelled samples
+    val_auc: float | None = None
+    gap: float | None = None  # of the objective, above its least value
+    grad_norm: float | None = None  # of the gradient over all samples to train on
+
+
+# Of those fields that not all sweeps have: the column, and how a reader calls it.
+MORE = {
+    "val_accuracy": ("val/accuracy", "validation accuracy"),
+    "val_auc": ("val/auc", "validation AUC"),
+    "gap": ("exact/gap", "optimality gap"),
+    "grad_norm": ("exact/grad_norm", "exact gradient norm"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,11 @@ class Schedule:
     @property
     def finished(self) -> list[Run]:
         return [run for run in self.runs if run.point in self.numbers]
+
+    @property
+    def unit(self) -> str:
+        """Of what its budget counts."""
+        return "samples" if any(run.labelled for run in self.runs) else "tokens"
 
     @property
     def budgets(self) -> set[int]:
@@ -89,10 +107,15 @@ def _numbers(rows: pl.DataFrame) -> RunNumbers:
         mean_batch=sequences / steps if sequences and steps else None,
         final_batch=_final_batch(rows.filter(pl.col("batch/size").is_not_null())),
         train_loss=_final_train_loss(rows.filter(pl.col("train/loss").is_not_null())),
-        val_loss=None if evaluations.is_empty() else float(evaluations["val/loss"][-1]),
+        val_loss=_last(evaluations["val/loss"]),
         seconds=seconds,
         tokens_per_second=tokens / seconds if tokens and seconds else None,
+        **{name: _last(evaluations[column]) for name, (column, _) in MORE.items()},
     )
+
+
+def _last(values: pl.Series) -> float | None:
+    return None if values.is_empty() or values[-1] is None else float(values[-1])
 
 
 def is_cut(training: pl.DataFrame) -> bool:
@@ -261,6 +284,12 @@ def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
     counts = Counter(item for own in known for item in own.items())
     shared = {item for item, n in counts.items() if n == len(known) > 1}
     return [{key: value for key, value in own.items() if (key, value) not in shared} for own in settings]
+
+
+def unit_of(schedules: Sequence[Schedule]) -> str:
+    """What their budgets count; of a mixture, tokens, of which a labelled sample is one."""
+    units = {schedule.unit for schedule in schedules}
+    return units.pop() if len(units) == 1 else "tokens"
 
 
 def comparable(one: Schedule, other: Schedule) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pipeline.config import Config, ConfigError, ParallelConfig
+from pipeline.config import Config, ConfigError, LlamaConfig, ParallelConfig
 
 GRADIENT_BYTES = 4  # of an element: gradients are summed over ranks in float32, whatever the precision
 GATHERED_BYTES = {"float32": 4, "bfloat16": 2}  # of an element of the parameters that FSDP gathers
@@ -60,6 +60,7 @@ class Synchronisation:
 def synchronisation(config: Config, replicate: int, shard: int, network: Network) -> Synchronisation:
     """Of the run `config` with its data-parallel ranks in this mesh: what pipeline.parallel sends."""
     model, parallel = config.model, config.parallel
+    assert isinstance(model, LlamaConfig)  # analysis.projection has no others
     own = model.parameters / parallel.tensor  # what the data-parallel ranks share, on each of tensor ranks
     scalars_s = network.all_reduce_s(replicate * shard, 0)  # loss, norm and statistics, in one vector
     if shard == 1:

@@ -13,7 +13,7 @@ from analysis.load import Run
 from analysis.projection import Projection, projection_table
 from analysis.report import Report
 from analysis.statistics import Estimate, Interval
-from analysis.summary import RunNumbers, Schedule
+from analysis.summary import MORE, RunNumbers, Schedule
 from analysis.target import Reach, Target
 from analysis.verdict import Comparison, Overall
 
@@ -45,7 +45,11 @@ def _run_row(report: Report, run: Run) -> dict[str, Any]:
         "state": report.state_of(run),
         "attempt": status.attempt if status else None,
         "budget_tokens": run.config.budget_tokens if run.config else None,
-        **{field: getattr(numbers, field, None) for field in RunNumbers.__dataclass_fields__},
+        **{
+            field: getattr(numbers, field, None)
+            for field in RunNumbers.__dataclass_fields__
+            if field not in MORE or field in report.more
+        },
         "host": status.host if status else None,
         "started": status.started if status else None,
         "updated": status.updated if status else None,
@@ -73,6 +77,7 @@ def _schedule_row(report: Report, schedule: Schedule) -> dict[str, Any]:
         "verdict": comparison.kind if comparison else None,
         "tokens_per_second": schedule.mean("tokens_per_second"),
         "seconds": schedule.mean("seconds"),
+        **{name: schedule.mean(name) for name in report.more},
     }
 
 

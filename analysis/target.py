@@ -111,7 +111,8 @@ class Target:
     @property
     def sentence(self) -> str:
         """What each schedule takes to it, the baseline first: time, or tokens where no time was recorded."""
-        axis = next((axis for axis in (TIME, *AXES) if any(reach.costs for reach in self.of(axis))), TIME)
+        recorded = [TIME, *(reach.axis for reach in self.reaches)]
+        axis = next((axis for axis in recorded if any(reach.costs for reach in self.of(axis))), TIME)
         each = [f"{r.schedule} {r.words}{_speedup(r)}" for r in self.of(axis) if r.costs]
         title = axis.title[:1].upper() + axis.title[1:]
         found = ", ".join(each) or "no finished run was evaluated"
@@ -141,6 +142,7 @@ def reach_targets(
     comparisons: Sequence[Comparison],
     measured: Mapping[str, Sequence[Evaluations]],
     asked: float | None,
+    axes: Sequence[Axis] = AXES,
 ) -> list[Target]:
     """One for each baseline, and for each schedule without one where a loss is `asked` for."""
     compared = {c.schedule for c in comparisons if c.baseline}
@@ -151,8 +153,8 @@ def reach_targets(
         chosen = _choose(head.label, finals, asked)
         if chosen and (against or asked is not None):
             loss, why = chosen
-            found.append(Target(loss, head.label, why, _reaches(loss, head.label, against, measured)))
-    return _corrected(found)
+            found.append(Target(loss, head.label, why, _reaches(loss, head.label, against, measured, axes)))
+    return _corrected(found, axes)
 
 
 def _choose(baseline: str, finals: Sequence[float], asked: float | None) -> tuple[float, str] | None:
@@ -168,10 +170,14 @@ def _choose(baseline: str, finals: Sequence[float], asked: float | None) -> tupl
 
 
 def _reaches(
-    loss: float, baseline: str, against: Sequence[str], measured: Mapping[str, Sequence[Evaluations]]
+    loss: float,
+    baseline: str,
+    against: Sequence[str],
+    measured: Mapping[str, Sequence[Evaluations]],
+    axes: Sequence[Axis],
 ) -> list[Reach]:
     found = []
-    for axis in AXES:
+    for axis in axes:
         reference = _costs(axis, loss, measured[baseline])
         found.append(Reach(axis, baseline, None, loss, reference, _mean(reference), None))
         for label in against:
@@ -235,11 +241,11 @@ def _compare(
     return Reach(axis, schedule, baseline, loss, costs, mean, kind, gain, p_value(gain))
 
 
-def _corrected(targets: Sequence[Target]) -> list[Target]:
+def _corrected(targets: Sequence[Target], axes: Sequence[Axis]) -> list[Target]:
     """With Holm's correction over all comparisons on each axis."""
     adjusted = {
         axis.name: holm({r.schedule: r.p for t in targets for r in t.of(axis) if r.p is not None})
-        for axis in AXES
+        for axis in axes
     }
 
     def correct(reach: Reach) -> Reach:

@@ -23,7 +23,7 @@ Blocks = list[tuple[str, list[list[str]]]]
 def latex(report: Report) -> dict[str, str]:
     """LaTeX by name of the table; none without a row."""
     made = {
-        "schedules": tabular(_SCHEDULES, _schedules(report), 1),
+        "schedules": tabular((*_SCHEDULES, *report.more.values()), _schedules(report), 1),
         "runs": tabular(_RUNS, _runs(report), 4),
         "equal": tabular(_EQUAL, _equal(report), 3),
         "targets": tabular(_TARGETS, _targets(report), 2),
@@ -45,6 +45,11 @@ def difference(found: Estimate | None) -> str:
 
 def speedup(found: Interval | None) -> str:
     return text.MISSING if found is None else text.ratio(found.mean, found.low, found.high)
+
+
+def measure(name: str, value: float | None) -> str:
+    """Of a field of analysis.summary.MORE."""
+    return text.percent(value) if name in ("val_accuracy", "val_auc") else text.small(value)
 
 
 # --- schedules and runs ----------------------------------------------------------------------------------
@@ -79,6 +84,7 @@ def _schedules(report: Report) -> Blocks:
                 lowest(s, "train_loss", estimate(s.train_loss)),
                 lowest(s, "seconds", text.duration(s.mean("seconds"))),
                 f"{len(s.finished)}/{len(s.runs)}",
+                *(measure(name, s.mean(name)) for name in report.more),
             ]
         )
     return [("", rows)]

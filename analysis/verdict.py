@@ -27,7 +27,7 @@ from analysis.statistics import (
     paired_difference,
     t_factor,
 )
-from analysis.summary import Schedule, comparable, in_short, tasks
+from analysis.summary import Schedule, comparable, in_short, tasks, unit_of
 from pipeline.config import ConfigError, did_you_mean
 
 SAME_BUDGET = 0.01  # budgets that differ by at most this share count as equal tokens
@@ -266,8 +266,8 @@ def _statement(schedule: Schedule, baseline: Schedule, kind: Kind, difference: E
         return f"{name} against {other}: no finished run of {which} yet"
     if kind == "different budget":
         return (
-            f"{name} trained on {_budgets(schedule)}, {other} on {_budgets(baseline)} tokens: their final "
-            f"losses ({_loss(schedule)} and {_loss(baseline)}) are no comparison at equal tokens"
+            f"{name} trained on {_budgets(schedule)}, {other} on {_budgets(baseline)} {schedule.unit}: their "
+            f"final losses ({_loss(schedule)} and {_loss(baseline)}) are no comparison at equal {schedule.unit}"
         )
     if kind == "diverged":
         which = " and ".join(s.label for s in (schedule, baseline) if s.diverged)
@@ -332,9 +332,11 @@ def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
     budgets = set().union(*(s.budgets for s in ranked))
     if not _equal_budgets(budgets):
         spread = f"{text.compact(min(budgets))} to {text.compact(max(budgets))}"
-        return f"Runs trained on {spread} tokens; only schedules with the same budget are compared."
+        return (
+            f"Runs trained on {spread} {unit_of(ranked)}; only schedules with the same budget are compared."
+        )
     best = min(ranked, key=lambda s: s.val_loss.mean if s.val_loss else math.inf)
-    after = f" after {text.compact(max(budgets))} tokens" if budgets else ""
+    after = f" after {text.compact(max(budgets))} {unit_of(ranked)}" if budgets else ""
     seeds = best.val_loss.n if best.val_loss else 0
     if len(ranked) == 1:
         return f"{best.label} ends at validation loss {_loss(best)}{after}."
@@ -418,7 +420,8 @@ def cautions(
         notes.append("1 run is not finished and counts in no mean." if unfinished == 1 else many)
     hosts = {run.status.host for s in schedules for run in s.finished if run.status and run.status.host}
     if len(hosts) > 1:
-        notes.append(f"The runs were on {len(hosts)} hosts: their times and tokens/s compare hosts as well.")
+        unit = unit_of(schedules)
+        notes.append(f"The runs were on {len(hosts)} hosts: their times and {unit}/s compare hosts as well.")
     unevaluated = sum(n.val_loss is None for s in schedules for n in s.numbers.values())
     if unevaluated:
         notes.append(

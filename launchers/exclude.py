@@ -89,8 +89,10 @@ def _holds(comparison: Comparison, config: Config, choices: Mapping[str, str | N
             + did_you_mean(name, [*(group for group in choices if "/" not in group), *kinds]),
         )
     right = _right_side(comparison, kinds[name])
-    # None: a setting that another kind of model has.
-    left = functools.reduce(lambda group, key: getattr(group, key, None), name.split("."), config)
+    # None in the end: a setting that another kind of model has.
+    left: Any = config
+    for key in name.split("."):
+        left = getattr(left, key, None)
     if left is None and comparison.operator in _ORDER:  # what is not set has no place in an order
         return False
     return compare(left, right)

@@ -276,6 +276,7 @@ class TrackConfig:
     group: str | None
     tags: list[str]
     every: PositiveInt
+    exact_gradient: bool
 
 
 @dataclass(frozen=True)
@@ -450,7 +451,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def forms_of(hint: Any) -> tuple[type, ...]:
     """The dataclasses that a group of settings may be, told apart by their `kind`; none for a plain value."""
-    return tuple(form for form in (get_args(hint) or (hint,)) if is_dataclass(form))
+    return tuple(form for form in (get_args(hint) or (hint,)) if isinstance(form, type) and is_dataclass(form))
 
 
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
@@ -492,7 +493,7 @@ def _convert(kind: type[T], tree: Any, path: str, problems: list[str]) -> T:
     prefix = f"{path}." if path else ""
     hints = hints_of(kind)  # type: ignore[arg-type]
     problems += [unknown_key(f"{prefix}{key}") for key in tree if key not in hints]
-    values = {}
+    values: dict[str, Any] = {}
     for name, hint in hints.items():
         key = f"{prefix}{name}"
         if name not in tree:
@@ -641,6 +642,7 @@ def check(config: Config) -> None:
         ),  # what fits depends on what the schedule measures
         *check_imbalance(config),
         *_check_optimisation(config),
+        *_check_tracking(config),
         *_check_launch(config),
     ]
     if problems:
@@ -720,6 +722,11 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
             f"parallel.tensor={parallel.tensor}: only a language model is split by matrix products. "
             f"Use parallel=ddp or parallel=fsdp with model={model.kind}"
         )
+    if parallel.activation_checkpointing:
+        problems.append(
+            f"parallel.activation_checkpointing=true: only the blocks of a language model are recomputed. "
+            f"Use false with model={model.kind}"
+        )
     return problems
 
 
@@ -767,14 +774,15 @@ def _check_data(config: Config) -> list[str]:
     if unknown := _one_of("data.source", data.source, [*TEXT_SOURCES, *labelled]):
         return unknown
     if isinstance(config.model, LlamaConfig) != (data.source in TEXT_SOURCES):
-        fitting = (
-            "data=stdlib or data=text"
-            if isinstance(config.model, LlamaConfig)
-            else f"data={'|'.join(labelled)}"
+        of_text, classifiers = (
+            isinstance(config.model, LlamaConfig),
+            get_args(hints_of(ClassifierConfig)["kind"]),
         )
+        fitting = "data=stdlib or data=text" if of_text else f"data={'|'.join(labelled)}"
+        other = f"model={'|'.join(classifiers)}" if of_text else "a language model"
         problems.append(
             f"model={config.model.name} data={data.source}: a language model learns from text, the others "
-            f"from labelled samples. Use {fitting} with this model"
+            f"from labelled samples. Use {fitting} with this model, or {other} with these data"
         )
     elif data.source in labelled:
         if data.sequence_length != 1:
@@ -935,6 +943,16 @@ def _check_optimisation(config: Config) -> list[str]:
     if optim.weight_decay < 0:
         problems.append(f"optim.weight_decay={optim.weight_decay}: must not be negative")
     return problems + optimizers.check(config)
+
+
+def _check_tracking(config: Config) -> list[str]:
+    if config.track.exact_gradient and isinstance(config.model, LlamaConfig):
+        return [
+            f"track.exact_gradient=true model={config.model.name}: the gradient over a whole corpus would take "
+            f"longer than the run. Use track.exact_gradient=false, or labelled samples, such as "
+            f"model=logistic data=digits"
+        ]
+    return []
 
 
 def _check_launch(config: Config) -> list[str]:

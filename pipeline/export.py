@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline import checkpoint
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, LlamaConfig
 from pipeline.data.tokenizers import ByteTokenizer
 from pipeline.model.llama import Llama
 from pipeline.store import RunDirectory
@@ -64,8 +64,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def export(run: RunDirectory, directory: Path) -> None:
     """Writes `directory` whole or not at all. Raises ConfigError when the run or the directory is unfit."""
-    _check(run, directory)
     config = run.config()
+    if not isinstance(config.model, LlamaConfig):
+        raise ConfigError(
+            f"run {run.id} is of model={config.model.name}, of which transformers has no form; only language "
+            f"models are exported. Its weights: pipeline.checkpoint.load_weights("
+            f"RunDirectory.find('{run.id}'))"
+        )
+    _check(run, directory)
     tensors = transformers_weights(config, checkpoint.load_weights(run))
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
     target = directory.resolve()
@@ -96,6 +102,7 @@ def _check(run: RunDirectory, directory: Path) -> None:
 
 def transformers_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under transformers' names. A tied head is the embedding, stored once."""
+    assert isinstance(config.model, LlamaConfig)
     with torch.device("meta"):
         expected = dict(Llama(config.model).named_parameters())
     tensors = {transformers_name(name): weights[name].contiguous() for name in expected}
@@ -116,6 +123,7 @@ def transformers_name(name: str) -> str:
 def transformers_config(config: Config, dtype: str) -> dict[str, Any]:
     """config.json: LlamaConfig's fields, in the spelling that releases 4 and 5 both read."""
     model = config.model
+    assert isinstance(model, LlamaConfig)
     end = ByteTokenizer.end_of_document if config.data.tokenizer == "bytes" else None
     return {
         "architectures": ["LlamaForCausalLM"],

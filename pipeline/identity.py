@@ -12,7 +12,7 @@ import pipeline.batch as batch_schedules
 import pipeline.optim as optimizers
 import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
-from pipeline.config import TEXT_SOURCES, Config, LlamaConfig, check, to_tree
+from pipeline.config import TEXT_SOURCES, Config, DataConfig, LlamaConfig, check, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
 
@@ -26,6 +26,7 @@ _FIRST_OPTIMIZER_SETTINGS = {"name", "lr", "weight_decay", "betas", "momentum", 
 
 # To these schedules batch.estimator says nothing unless it is `sample`.
 _NO_OTHER_ESTIMATOR = ("inner_product", "coordinate_norm_test")
+_NOT_OF_ALL_SOURCES = {"field", "samples", "features", "standardise", "validation_fraction"}
 
 
 def identity_fields(config: Config) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def identity_fields(config: Config) -> dict[str, Any]:
         del tree["data"]["distribution"]
     if isinstance(config.model, LlamaConfig):
         del tree["model"]["kind"]  # which the first runs had no name for
-    unread = {"field", "samples", "features", "standardise"} - settings_read(config.data.source)
+    unread = _NOT_OF_ALL_SOURCES - settings_read(config.data)
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in unread}
     tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
     if not config.imbalance.read:
@@ -66,13 +67,11 @@ def identity_fields(config: Config) -> dict[str, Any]:
     return tree
 
 
-def settings_read(source: str) -> frozenset[str]:
+def settings_read(data: DataConfig) -> frozenset[str]:
     """Of the settings of the data group that not all sources read, those that this one does."""
-    return (
-        frozenset(["field"])
-        if source in TEXT_SOURCES
-        else labelled_samples.settings(source) | {"standardise"}
-    )
+    if data.source in TEXT_SOURCES:
+        return frozenset(["field", "validation_fraction"])
+    return labelled_samples.settings(data)
 
 
 def run_id(config: Config) -> str:
@@ -92,7 +91,7 @@ def complete(config: Config, known: dict[object, str] | None = None) -> Config:
     from pipeline.data import fingerprint
 
     data, known = config.data, {} if known is None else known
-    corpus = (data.source, tuple(data.files), data.tokenizer)
+    corpus = (data.source, tuple(data.files), data.tokenizer, data.samples, data.features)
     if not data.fingerprint and corpus not in known:
         known[corpus] = fingerprint(data)
     return dataclasses.replace(

@@ -26,6 +26,7 @@ class Problem(Protocol):
     held_out: Source[Any]  # in an order that is the same in all runs
     sums: int  # numbers that an evaluation adds up
     l2: float  # the loss of every sample includes l2/2 ‖w‖²
+    samples: int | None  # labelled ones to train on, of all ranks together; None of text
 
     def model(self) -> Model:
         """On the meta device."""
@@ -53,6 +54,7 @@ class Language:
 
     sums = 1
     l2 = 0.0
+    samples = None
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, LlamaConfig)
@@ -97,15 +99,21 @@ class Classification:
         self.l2 = self._model.l2
         split = samples.read(data)
         indices = split.train_indices
+        self.samples = len(indices)
         if data.distribution == "by_rank":
+            if len(indices) < ranks.data_ranks:
+                raise ConfigError(
+                    f"data.distribution=by_rank: {len(indices)} samples to train on, for "
+                    f"{ranks.data_ranks} ranks. Use data.distribution=shared"
+                )
             indices = np.array_split(indices, ranks.data_ranks)[ranks.data_rank]
         self.train = SampleStream(split.train, indices, data.seed)
         self.held_out = SampleStream(split.validation, split.validation_indices, seed=0)
         self._shape, self._classes = split.train.shape, split.train.classes
         if self._model.loss != "cross_entropy" and self._classes != 2:
             raise ConfigError(
-                f"model.loss={self._model.loss}: is of two classes, and {data.source} has {self._classes}. "
-                f"Use model.loss=cross_entropy"
+                f"model.loss={self._model.loss}: is of two classes, and data={data.source} has "
+                f"{self._classes}. Use model.loss=cross_entropy"
             )
         self._loss = self._loss_of(split.train.labels[split.train_indices])
         self.sums = self._loss.sums
@@ -124,7 +132,9 @@ class Classification:
 
         build = registry.load(models, self._model.kind).build
         with torch.device("meta"):
-            return self._loss.completed(build(self._model, self._shape, self._loss.outputs))
+            model = build(self._model, self._shape, self._loss.outputs)
+            model.gathered_whole = self._model.l2 > 0
+            return self._loss.completed(model)
 
     def tensors(self, read: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
         inputs, labels = (torch.from_numpy(array).to(device, non_blocking=True) for array in read)
@@ -142,6 +152,12 @@ class Classification:
 
     def metrics(self, sums: Tensor, targets: int) -> dict[str, float]:
         return self._loss.metrics(sums, targets)
+
+
+def check_samples(config: Config) -> None:
+    """Reads the samples and builds the model as a rank would. Raises ConfigError."""
+    parallel = config.parallel
+    Classification(config, Ranks(0, parallel.world_size, 0, parallel.data_ranks, torch.device("cpu"))).model()
 
 
 def problem_of(config: Config, ranks: Ranks) -> Problem:

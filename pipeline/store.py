@@ -46,7 +46,7 @@ _GLANCE_S = 0.2  # `is_locked` takes the lock for a moment; a taker waits that l
 
 
 def home() -> Path:
-    """Where runs/, sweeps/, reports/ and corpora/ live: CRESCENDO_HOME, else the current directory."""
+    """Where runs/, sweeps/, reports/, corpora/ and optima/ live: CRESCENDO_HOME, else the current directory."""
     return Path(os.environ.get("CRESCENDO_HOME") or ".").resolve()
 
 
@@ -87,6 +87,7 @@ def _later_settings() -> dict[str, dict[str, Any]]:
         "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
         "optim": {key: value for key, value in defaults["optim"].items() if key != "name"},
         "imbalance": {**defaults["imbalance"], "kind": "none"},
+        "track": {"exact_gradient": defaults["track"]["exact_gradient"]},
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.config import ModelConfig
+from pipeline.config import LlamaConfig
 
 # Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name.
 PEAK_FLOPS = {
@@ -15,7 +15,7 @@ PEAK_FLOPS = {
 }
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(model: LlamaConfig, sequence_length: int) -> float:
     """Forward and backward pass: 6 per parameter outside the embedding, and 12·L·T·D for attention scores
     (Chowdhery et al. 2022, PaLM, appendix B)."""
     matrices = model.parameters - (0 if model.tied else model.vocab * model.width)

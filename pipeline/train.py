@@ -16,8 +16,9 @@ from pipeline import optim
 from pipeline.batch import schedule_class
 from pipeline.batch._interface import Decision, StepDone
 from pipeline.checkpoint import Checkpointer, Progress
-from pipeline.config import Config, ConfigError, to_tree
+from pipeline.config import Config, ConfigError, LlamaConfig, to_tree
 from pipeline.data import Prefetcher
+from pipeline.exact import Exact
 from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
@@ -56,6 +57,11 @@ def not_continued(config: Config, parent: Config) -> list[str]:
         )
         if here != there and None not in (here, there)
     ]
+
+
+def _passes(interval: int | None, before: int, after: int) -> bool:
+    """Whether a multiple of `interval` lies in (before, after]."""
+    return interval is not None and after // interval > before // interval
 
 
 class TrainingFailed(RuntimeError):
@@ -117,6 +123,8 @@ class Trainer:
         self.progress = Progress(state, first, first.size)
         self.tokens_before = 0  # tokens seen before the step just done
 
+        self.exact = Exact(config, self.problem, ranks) if config.track.exact_gradient else None
+
         self.metrics = MetricsWriter(run.metrics_file) if ranks.is_main else None
         self.tracker = Tracker(config, run, attempt) if ranks.is_main else None
         self.peak_flops = peak_flops(torch.cuda.get_device_name(self.device)) if self._on_gpu else None
@@ -160,8 +168,13 @@ class Trainer:
 
     def crossed(self, interval_tokens: int | None) -> bool:
         """Whether the step just done passed a multiple of `interval_tokens`."""
-        return interval_tokens is not None and (
-            self.tokens // interval_tokens > self.tokens_before // interval_tokens
+        return _passes(interval_tokens, self.tokens_before, self.tokens)
+
+    def evaluated_after(self, size: int) -> bool:
+        """Whether an evaluation follows the step of this size that is being done."""
+        last = self.progress.sequences + size >= self.config.budget_sequences
+        return last or _passes(
+            self.config.eval.interval_tokens, self.tokens, self.tokens + size * self.length
         )
 
     @property
@@ -197,6 +210,7 @@ class Trainer:
         finite = math.isfinite(loss) and math.isfinite(squared_norm)
         if finite:
             progress.gradient_evaluations += size
+            self._compare_exactly(size)
             rate = self._update(size, rate, loss, squared_norm, statistics)
             with self._waiting():
                 self.sync.after_step(number)
@@ -444,6 +458,13 @@ class Trainer:
         self.progress.gradient_evaluations += size
         return self._clip(squared_norm)
 
+    def _compare_exactly(self, size: int) -> None:
+        """The gradient, before clipping, with that over all samples, unless each replica has its own."""
+        if self.exact and not self.sync.replicas and self.evaluated_after(size):
+            began = time.perf_counter()
+            self.exact.compare(self.parameters, [p.grad for p in self.parameters if p.grad is not None])
+            self.resumed_at += time.perf_counter() - began
+
     def _decide(self, size: int, statistics: GradientStatistics | None, tested: bool) -> None:
         """The next batch, and what the learning rate will make of it. Without statistics both follow from the
         tokens alone, the same on every rank; with them rank 0's arithmetic counts, lest ranks disagree on how
@@ -470,6 +491,8 @@ class Trainer:
         if self.average and self.progress.averaged:
             with self.average.in_place():
                 beside = {f"{name}_averaged": value for name, value in self._evaluated().items()}
+        if self.exact:
+            beside |= self.exact.evaluate(self.parameters)
         if self.ranks.is_main:
             self._log({**self._clock(), **evaluated, **beside})
         if not math.isfinite(evaluated["val/loss"]):
@@ -536,10 +559,12 @@ class Trainer:
 
     def _clock(self) -> Row:
         progress = self.progress
+        gradients = progress.sequences  # of samples, that were evaluated
         return {
             "step": progress.step,
             "tokens": self.tokens,
             "sequences": progress.sequences,
+            **({"epochs": gradients / self.problem.samples} if self.problem.samples else {}),
             "time": progress.time,
             "wall": time.time(),
             "attempt": self.attempt,
@@ -569,7 +594,7 @@ class Trainer:
         }
         if self.progress.loss_evaluations:
             row["loss_evaluations"] = self.progress.loss_evaluations
-        if self.peak_flops:
+        if self.peak_flops and isinstance(self.config.model, LlamaConfig):
             flops = row["throughput/tokens_per_s"] * flops_per_token(self.config.model, self.length)
             row["throughput/mfu"] = flops / (self.peak_flops * self.ranks.world_size)
         if self._on_gpu:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
 from pipeline.attempt import for_attempt, mesh_of
-from pipeline.config import TEXT_SOURCES, Config, ConfigError, check
+from pipeline.config import TEXT_SOURCES, Config, ConfigError, LlamaConfig, check
 from pipeline.environment import environment
 from pipeline.store import (
     AlreadyRunning,
@@ -212,12 +212,22 @@ def _conclusion(run: RunDirectory) -> str:
     trained, evaluated = (
         next(row for row in reversed(run.rows()) if key in row) for key in ("train/loss", "val/loss")
     )
-    return (
-        f"{trained['step']} steps, {trained['tokens']:,} tokens in {trained['time']:.0f} s of training, "
-        f"validation loss {evaluated['val/loss']:.4f}\n"
-        f"record: {run.metrics_file}\n"
-        f"export for transformers: {python()} -m pipeline.export {run.id} DIRECTORY"
-    )
+    config = run.config()
+    lines = [
+        f"{trained['step']} steps, {trained['tokens']:,} {_counted(config)} in {trained['time']:.0f} s of "
+        f"training, validation loss {evaluated['val/loss']:.4f}",
+        f"record: {run.metrics_file}",
+    ]
+    if "val/accuracy" in evaluated:
+        lines[0] += f", accuracy {evaluated['val/accuracy']:.4f}"
+    if isinstance(config.model, LlamaConfig):
+        lines.append(f"export for transformers: {python()} -m pipeline.export {run.id} DIRECTORY")
+    return "\n".join(lines)
+
+
+def _counted(config: Config) -> str:
+    """What a budget counts, for whoever watches."""
+    return "tokens" if isinstance(config.model, LlamaConfig) else "samples"
 
 
 def _again(run: RunDirectory, changes: Sequence[str]) -> str:
@@ -270,13 +280,21 @@ def rank_variables(attempt: int) -> dict[str, str]:
 
 
 def prepare_data(config: Config) -> None:
-    """Before the ranks start, so that none of them waits in a collective for another's tokenising.
+    """Before the ranks start, so that none of them waits in a collective for another's tokenising, and what
+    is wrong with the data is said once.
 
     Raises ConfigError."""
+    if config.data.source not in TEXT_SOURCES:
+        from pipeline.problem import check_samples
+
+        check_samples(config)
+        if config.track.exact_gradient:
+            from pipeline.optimum import minimum
+
+            minimum(config)
+        return
     from pipeline.data import prepare
 
-    if config.data.source not in TEXT_SOURCES:
-        return  # labelled samples are read as they are
     prepare(config.data, home() / "corpora", report=report, progress=sys.stdout.isatty())
 
 
@@ -318,7 +336,7 @@ def progress_reports(run: RunDirectory) -> Iterator[None]:
 
 def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
     """A line every few seconds for whoever watches; its rate is that since the line before."""
-    tokens, seconds = 0, 0.0
+    tokens, seconds, counted = 0, 0.0, _counted(run.config())
     while not finished.wait(PROGRESS_INTERVAL_S):
         status, row = run.status(), run.last_row()
         if not status or not row or row["attempt"] != status.attempt or row["time"] == seconds:
@@ -327,8 +345,8 @@ def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
         tokens, seconds = row["tokens"], row["time"]
         report(
             f"step {row['step']}  {tokens / max(1, status.budget_tokens):4.0%} of "
-            f"{status.budget_tokens:,} tokens  loss {row['train/loss']:.4f}  "
-            f"batch {row['batch/size']}  {rate:,.0f} tokens/s"
+            f"{status.budget_tokens:,} {counted}  loss {row['train/loss']:.4f}  "
+            f"batch {row['batch/size']}  {rate:,.0f} {counted}/s"
         )
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,8 +14,9 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 import pipeline.__main__
+import pipeline.samples
 import pipeline.worker
-from pipeline.config import Config, check, known_keys, typed
+from pipeline.config import ClassifierConfig, Config, check, hints_of, known_keys, typed
 from pipeline.store import RunDirectory
 from tests.launchers.support import tree_of
 from tests.support import ROOT, compose_tree, config
@@ -190,6 +192,8 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
         ("imbalance", "delay"): ["parallel=ddp"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
         ("batch", "critical"): ["batch.measured_tokens=[1M]", "batch.measured_sizes=[70]"],
+        **{("model", kind): ["data=digits"] for kind in get_args(hints_of(ClassifierConfig)["kind"])},
+        **{("data", source): ["model=logistic", "data.files=[x]"] for source in pipeline.samples.names()},
     }
     overrides = needs.get((group, option), [])
     if group == "sync":

@@ -31,9 +31,9 @@ def fingerprint(data: DataConfig) -> str:
     return text if data.tokenizer == "bytes" else f"{text}+{content_id(data.tokenizer)[:8]}"
 
 
-def of_files(paths: list[str]) -> str:
-    """ "text-" and 16 hex digits over the size, the first and the last 64 KiB of each file in order."""
-    return _text_fingerprint(tuple((path, *_size_and_time(path)) for path in paths))
+def of_files(paths: list[str], kind: str = "text") -> str:
+    """The kind, "-", and 16 hex digits over the size, the first and the last 64 KiB of each file in order."""
+    return f"{kind}-{_digest(tuple((path, *_size_and_time(path)) for path in paths))}"
 
 
 def _size_and_time(path: str) -> tuple[int, int]:
@@ -44,7 +44,7 @@ def _size_and_time(path: str) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _text_fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
+def _digest(files: tuple[tuple[str, int, int], ...]) -> str:
     """Of (path, bytes, time of change in ns); the time only tells the cache that a file was written anew."""
     digest = hashlib.sha256()
     for path, size, _ in files:
@@ -56,4 +56,4 @@ def _text_fingerprint(files: tuple[tuple[str, int, int], ...]) -> str:
             digest.update(file.read(_FINGERPRINT_BYTES))
             file.seek(max(0, size - _FINGERPRINT_BYTES))
             digest.update(file.read(_FINGERPRINT_BYTES))
-    return f"text-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]

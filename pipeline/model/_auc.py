@@ -14,22 +14,10 @@ of α is reversed on its way back, so that every optimizer that descends in all 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from pipeline.model._interface import Model
-
-
-class _Ascend(torch.autograd.Function):
-    @staticmethod
-    def forward(context: Any, value: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Tensor:
-        return -gradients[0]
 
 
 class SaddleAUC(Model):
@@ -51,8 +39,13 @@ class SaddleAUC(Model):
 
     def forward(self, inputs: Tensor) -> Tensor:
         scores = self.scorer(inputs).sigmoid()
-        a_and_b, alpha = self.saddle[:2], _Ascend.apply(self.saddle[2:])
+        a_and_b, alpha = self.saddle[:2], _ascending(self.saddle[2:])
         return torch.cat((scores, torch.cat((a_and_b, alpha)).expand(len(scores), 3)), dim=1)
+
+
+def _ascending(value: Tensor) -> Tensor:
+    """The value, with the gradient reversed; torch.func takes it, unlike a function with its own backward."""
+    return 2 * value.detach() - value
 
 
 def saddle_loss(outputs: Tensor, labels: Tensor, positives: float) -> Tensor:

@@ -18,7 +18,7 @@ class MLP(Classifier):
         self.linears = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def parts(self) -> list[nn.Module]:
         return list(self.linears)
 
     def forward(self, inputs: Tensor) -> Tensor:

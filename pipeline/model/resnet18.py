@@ -53,7 +53,7 @@ class ResNet18(Classifier):
         self.head = nn.Linear(widths[-1], outputs)
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def parts(self) -> list[nn.Module]:
         return [*self.blocks, self.head]
 
     def forward(self, inputs: Tensor) -> Tensor:

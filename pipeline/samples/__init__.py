@@ -1,6 +1,6 @@
 """Data sets of labelled samples. Each is one file with
 
-    settings           the data.* settings that change its samples, beside data.standardise
+    settings(data)     the data.* settings that change its samples, beside data.standardise
     check(data)        problems of the settings
     fingerprint(data)  which samples these are, without reading all of them
     read(data)         (samples, those held out if the data set comes with some)
@@ -27,10 +27,10 @@ def names() -> list[str]:
     return registry.names(sys.modules[__name__])
 
 
-def settings(source: str) -> frozenset[str]:
-    """The data.* settings that change the samples of this source, beside data.standardise."""
-    found: frozenset[str] = _module(source).settings
-    return found
+def settings(data: DataConfig) -> frozenset[str]:
+    """Of the settings that not all sources read, those that change these samples."""
+    found: frozenset[str] = _module(data.source).settings(data)
+    return found | {"standardise"}
 
 
 def check(data: DataConfig) -> list[str]:

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config import ConfigError
 from pipeline.data.permutation import permute
+
+_VALUES_AT_ONCE = 2**22
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]  # inputs [n, …] and labels [n]
 
@@ -77,17 +80,23 @@ class Split:
 
 
 def hold_out(samples: Samples, fraction: float) -> Split:
-    """The same samples, whatever the seeds of a run."""
+    """The same samples, whatever the seeds of a run: at least one, and not all. Raises ConfigError for a
+    single one."""
     count = len(samples)
+    if count < 2:
+        raise ConfigError(
+            f"{count} sample: at least two are needed, one to train on and one to validate with"
+        )
     order = permute(np.arange(count), count, seed=0, epoch=0)
     held = min(max(1, round(fraction * count)), count - 1)
     return Split(samples, np.sort(order[held:]), samples, np.sort(order[:held]))
 
 
 def standardise(split: Split) -> Split:
-    """Each feature to mean 0 and variance 1 over the samples that are trained on; a constant one to 0."""
-    inputs, _ = split.train.at(split.train_indices)
-    mean, deviation = inputs.mean(0, dtype=np.float64), inputs.std(0, dtype=np.float64)
+    """Each feature, of images each channel, to mean 0 and variance 1 over the samples that are trained on;
+    a constant one to 0. (A variance of each pixel would have a convolution meet another image at each
+    place.)"""
+    mean, deviation = _moments(split.train, split.train_indices)
     scale = np.divide(1.0, deviation, out=np.zeros_like(deviation), where=deviation > 0)
 
     def of(samples: Samples) -> Samples:
@@ -96,6 +105,26 @@ def standardise(split: Split) -> Split:
         return replace(samples, **{key: value.astype(np.float32) for key, value in whole.items()})
 
     return replace(split, train=of(split.train), validation=of(split.validation))
+
+
+def _moments(samples: Samples, indices: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation of each feature [width], or of each channel [channels, 1, 1].
+
+    As distances from a value that occurs: so a constant feature has a variance of exactly 0, which a mean
+    that is rounded does not give. A part of the samples at a time, because they may be sparse, or bytes.
+    """
+    pixels = tuple(range(2, 1 + len(samples.shape)))
+    (first,), _ = samples.at(indices[:1])
+    origin = first[(slice(None), *(slice(1) for _ in pixels))].astype(np.float64)
+    at_once = max(1, _VALUES_AT_ONCE // first.size)
+    total, squares = np.zeros_like(origin), np.zeros_like(origin)
+    for part in np.split(indices, range(at_once, len(indices), at_once)):
+        distances = samples.at(part)[0] - origin
+        total += distances.sum((0, *pixels)).reshape(origin.shape)
+        squares += np.square(distances).sum((0, *pixels)).reshape(origin.shape)
+    count = len(indices) * (first.size // origin.size)
+    mean = total / count
+    return origin + mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0))
 
 
 class SampleStream:

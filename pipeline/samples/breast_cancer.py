@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 FILE = "breast_cancer.csv"
 
-settings = frozenset[str]()
+
+def settings(data: DataConfig) -> frozenset[str]:
+    return frozenset(["validation_fraction"])
 
 
 def check(data: DataConfig) -> list[str]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 FILE = "digits.csv.gz"
 
-settings = frozenset[str]()
+
+def settings(data: DataConfig) -> frozenset[str]:
+    return frozenset(["validation_fraction"])
 
 
 def check(data: DataConfig) -> list[str]:
