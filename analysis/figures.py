@@ -228,7 +228,7 @@ def _falling(drawing: Drawing, dataset: str, name: str, title: str, caption: str
         title,
         f"{caption} Logarithmic: linear convergence is a straight line. {drawing.lines}.",
         f"{title} at the end. {ends}",
-        drawing.curves(dataset, panels.logarithmic(title.lower(), values, 10, "linear")),
+        drawing.curves(dataset, panels.falling(title.lower(), values)),
         drawing.compared,
     )
 
