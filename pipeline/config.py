@@ -436,7 +436,9 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def forms_of(hint: Any) -> tuple[type, ...]:
     """The dataclasses that a group of settings may be, told apart by their `kind`; none for a plain value."""
-    return tuple(form for form in (get_args(hint) or (hint,)) if isinstance(form, type) and is_dataclass(form))
+    return tuple(
+        form for form in (get_args(hint) or (hint,)) if isinstance(form, type) and is_dataclass(form)
+    )
 
 
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
@@ -706,8 +708,8 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
         )
     if model.l2 > 0 and parallel.strategy in ("fsdp", "hsdp"):
         problems.append(
-            f"model.l2={model.l2} parallel={parallel.strategy}: no rank holds all weights where the loss adds "
-            f"their squares. Use parallel=ddp, or model.l2=0"
+            f"model.l2={model.l2} parallel={parallel.strategy}: no rank holds all weights where the loss "
+            f"adds their squares. Use parallel=ddp, or model.l2=0"
         )
     return problems
 
@@ -922,8 +924,8 @@ def _check_optimisation(config: Config) -> list[str]:
 def _check_tracking(config: Config) -> list[str]:
     if config.track.exact_gradient and isinstance(config.model, LlamaConfig):
         return [
-            f"track.exact_gradient=true model={config.model.name}: the gradient over a whole corpus would take "
-            f"longer than the run. Use track.exact_gradient=false, or labelled samples, such as "
+            f"track.exact_gradient=true model={config.model.name}: the gradient over a whole corpus would "
+            f"take longer than the run. Use track.exact_gradient=false, or labelled samples, such as "
             f"model=logistic data=digits"
         ]
     return []
