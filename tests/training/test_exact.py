@@ -107,6 +107,7 @@ def test_variance_of_a_network_is_that_of_its_samples_one_by_one(overrides: list
 @pytest.mark.parametrize(
     "overrides", [["parallel=ddp"], ["parallel=fsdp", "model.l2=0"]], ids=["ddp", "fsdp"]
 )
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(overrides: list[str], home: Path):
     two = train_here(config(*TUMOURS, *overrides))
     one = train_here(config(*TUMOURS, *overrides[1:]))
@@ -115,6 +116,7 @@ def test_two_ranks_find_what_one_finds(overrides: list[str], home: Path):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_with_samples_of_their_own_sum_over_all(home: Path):
     composed = config(*DIGITS, "budget.tokens=64", "parallel=ddp", "data.distribution=by_rank")
     run = train_here(composed)
