@@ -171,8 +171,8 @@ def _tradeoff(drawing: Drawing) -> Figure | None:
         "tradeoff",
         "The trade: loss against steps and time",
         "Lower is a better model; further left is fewer optimizer steps, or less training time, for the same "
-        f"{drawing.unit}. Large marks: mean over seeds, with the 95% interval as a bar, cut at the frame; small "
-        "marks: seeds. The dashed line joins the schedules that no other beats in both."
+        f"{drawing.unit}. Large marks: mean over seeds, with the 95% interval as a bar, cut at the frame; "
+        "small marks: seeds. The dashed line joins the schedules that no other beats in both."
         + (f" Without a final loss, so not drawn: {', '.join(absent)}." if absent else ""),
         f"Final validation loss, optimizer steps and training time. {_ends(drawing.schedules)}",
         [panels.front_panel(drawing.axes[axis], means, quantity, drawing.labels) for axis in shown],
@@ -228,7 +228,7 @@ def _falling(drawing: Drawing, dataset: str, name: str, title: str, caption: str
         title,
         f"{caption} Logarithmic: linear convergence is a straight line. {drawing.lines}.",
         f"{title} at the end. {ends}",
-        drawing.curves(dataset, panels.logarithmic(title.lower(), values, 10, "linear")),
+        drawing.curves(dataset, panels.falling(title.lower(), values)),
         drawing.compared,
     )
 
@@ -279,8 +279,8 @@ def _batch(drawing: Drawing) -> Figure | None:
     return Figure(
         "batch_size",
         "Batch size",
-        f"{drawing.batch_unit.capitalize()} per optimizer step. {drawing.lines}. The last step, cut to end on the budget, is not "
-        "drawn.",
+        f"{drawing.batch_unit.capitalize()} per optimizer step. {drawing.lines}. The last step, "
+        "cut to end on the budget, is not drawn.",
         f"Batch size in {drawing.batch_unit}. {final}",
         drawing.curves("batch", quantity),
         drawing.first,
@@ -295,8 +295,9 @@ def _noise(drawing: Drawing) -> Figure | None:
     return Figure(
         "noise_scale",
         "Gradient noise scale",
-        f"The batch, in {drawing.batch_unit}, at which noise and signal of the gradient are equal: running median over "
-        f"{MEDIAN_SHARE:.0%} of the measurements, since a single one is often meaningless. {drawing.lines}.",
+        f"The batch, in {drawing.batch_unit}, at which noise and signal of the gradient are equal: running "
+        f"median over {MEDIAN_SHARE:.0%} of the measurements, since a single one is often meaningless. "
+        f"{drawing.lines}.",
         f"Noise scale, from {text.compact(min(scales))} to {text.compact(max(scales))} {drawing.batch_unit}",
         drawing.curves("noise", quantity),
         drawing.first,
@@ -315,8 +316,8 @@ def _throughput(drawing: Drawing) -> Figure | None:
     return Figure(
         "throughput",
         "Throughput",
-        f"{drawing.unit.capitalize()} per second of training, without evaluation, over windows of {RATE_WINDOW:.0%} of a run's "
-        f"time. {drawing.lines}.",
+        f"{drawing.unit.capitalize()} per second of training, without evaluation, over windows of "
+        f"{RATE_WINDOW:.0%} of a run's time. {drawing.lines}.",
         f"{drawing.unit.capitalize()} per second of training. {means}",
         drawing.curves("throughput", panels.from_zero(f"{drawing.unit} per second", rates)),
         drawing.first,

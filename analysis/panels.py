@@ -273,6 +273,7 @@ def gpus_panel(name: str, data: Dataset, quantity: Quantity, unit: str, labels: 
 
 
 FRONT_HEIGHT = 320
+MOST_WHOLE_DECADES = 3  # beyond which only powers of ten have ticks
 _FRONT_WIDTH = 300  # pixels inside the axes on a phone, where the room for labels is smallest
 _LETTER, _LINE, _MARK = 7.2, 15, 7  # pixels: width and height of bold text, half a mark
 
@@ -381,6 +382,18 @@ def time(seconds: Sequence[float]) -> Quantity:
     ends = [_rounded(0.9 * min(seconds)), _rounded(1.1 * max(seconds))]
     scale: Spec = {"type": "log", "nice": False, "domain": ends}
     return Quantity(axis.title, scale, {"labelExpr": axis.spec["labelExpr"], **_log_ticks(axis, ends)})
+
+
+def falling(title: str, values: Sequence[float]) -> Quantity:
+    """Logarithmic, over as many powers of ten as it takes."""
+    found = logarithmic(title, values, 10, "linear")
+    low, high = found.scale["domain"]
+    ends = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    if len(ends) <= MOST_WHOLE_DECADES:
+        return found
+    ticks = [10.0**k for k in ends][:: -math.ceil(len(ends) / 8)]
+    axis: Spec = {"labelExpr": "format(datum.value, '~e')", "values": ticks, "tickCount": len(ticks)}
+    return Quantity(title, found.scale, axis)
 
 
 def share(title: str, values: Sequence[float]) -> Quantity:

@@ -28,7 +28,10 @@ from pipeline.store import python, write_atomically
 PUBLISHED = "published.json"  # the id of the W&B Report by ENTITY/PROJECT
 _FIGURE = re.compile(r"!\[[^\n]*\]\(figures/(\w+)\.png\)\n*")
 _CURVES = {  # figure: what wandb draws in its place, and whether on a logarithmic axis
+    "optimality_gap": ("exact/gap", True),
+    "gradient_norm": ("exact/grad_norm", True),
     "validation_loss": ("val/loss", True),
+    "validation_accuracy": ("val/accuracy", False),
     "training_loss": ("train/loss", True),
     "batch_size": ("batch/size", True),
     "noise_scale": ("stat/noise_scale", True),

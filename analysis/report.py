@@ -124,8 +124,8 @@ class Report:
 
     @property
     def axes(self) -> list[Axis]:
-        """Those that a comparison is shown on: of FLOPs, and of full gradients, only where they tell something
-        that tokens do not."""
+        """Those that a comparison is shown on: of FLOPs, and of full gradients, only where they tell
+        something that tokens do not."""
         own = [e.tokens for e in self.equal if e.axis in (FLOPS, EPOCHS) and e.tokens]
         same = all(math.isclose(*tokens) for tokens in own)
         return [axis for axis in axes_of(self.schedules) if axis not in (FLOPS, EPOCHS) or not same]
@@ -161,13 +161,13 @@ class Report:
         ]
         if any(e.early for e in self.equal):
             notes.append(
-                f"Where one of the two has seen fewer {self.unit}, or less of its run, it is compared before its "
-                "learning rate has come down: planned to end there, it would do better."
+                f"Where one of the two has seen fewer {self.unit}, or less of its run, it is compared before "
+                "its learning rate has come down: planned to end there, it would do better."
             )
         if self.unit == "samples":
             notes.append(
-                "FLOPs are not counted: at equal samples they are equal where the model and the evaluations of "
-                "a gradient per step are."
+                "FLOPs are not counted: at equal samples they are equal where the model and the evaluations "
+                "of a gradient per step are."
             )
         elif FLOPS not in self.axes:
             known = any(e.place is not None for e in self.equal if e.axis is FLOPS)

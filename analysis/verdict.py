@@ -267,7 +267,8 @@ def _statement(schedule: Schedule, baseline: Schedule, kind: Kind, difference: E
     if kind == "different budget":
         return (
             f"{name} trained on {_budgets(schedule)}, {other} on {_budgets(baseline)} {schedule.unit}: their "
-            f"final losses ({_loss(schedule)} and {_loss(baseline)}) are no comparison at equal {schedule.unit}"
+            f"final losses ({_loss(schedule)} and {_loss(baseline)}) are no comparison at equal "
+            f"{schedule.unit}"
         )
     if kind == "diverged":
         which = " and ".join(s.label for s in (schedule, baseline) if s.diverged)

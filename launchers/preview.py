@@ -32,7 +32,7 @@ from launchers.table import (
     table,
     tally,
 )
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, LlamaConfig
 from pipeline.store import RunDirectory, home
 
 _LISTED_SIZES = 4  # batch sizes named one by one before a plan is abridged
@@ -211,7 +211,9 @@ class Rates:
 
 
 def _shape(config: Config) -> object:
-    return (config.model, config.parallel, config.data.sequence_length, config.data.micro_batch)
+    data = config.data
+    samples = None if isinstance(config.model, LlamaConfig) else data.source  # they have shapes of their own
+    return (config.model, config.parallel, data.sequence_length, data.micro_batch, samples)
 
 
 def _finished_runs() -> list[tuple[Config, float]]:

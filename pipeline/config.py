@@ -451,7 +451,9 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 def forms_of(hint: Any) -> tuple[type, ...]:
     """The dataclasses that a group of settings may be, told apart by their `kind`; none for a plain value."""
-    return tuple(form for form in (get_args(hint) or (hint,)) if isinstance(form, type) and is_dataclass(form))
+    return tuple(
+        form for form in (get_args(hint) or (hint,)) if isinstance(form, type) and is_dataclass(form)
+    )
 
 
 def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
@@ -948,8 +950,8 @@ def _check_optimisation(config: Config) -> list[str]:
 def _check_tracking(config: Config) -> list[str]:
     if config.track.exact_gradient and isinstance(config.model, LlamaConfig):
         return [
-            f"track.exact_gradient=true model={config.model.name}: the gradient over a whole corpus would take "
-            f"longer than the run. Use track.exact_gradient=false, or labelled samples, such as "
+            f"track.exact_gradient=true model={config.model.name}: the gradient over a whole corpus would "
+            f"take longer than the run. Use track.exact_gradient=false, or labelled samples, such as "
             f"model=logistic data=digits"
         ]
     return []

@@ -1,5 +1,5 @@
-"""The objective over all training samples and its gradient (`track.exact_gradient`): what a step's own gradient
-and the estimates of a batch test are estimates of.
+"""The objective over all training samples and its gradient (`track.exact_gradient`): what a step's own
+gradient and a batch test's numbers are estimates of.
 
     F(w) = (1/n) Σ ℓ_i(w), with model.l2 in each ℓ_i
 
@@ -89,7 +89,7 @@ class Exact:
             weight.copy_(_whole(parameter))
 
     def _chunks(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's share of the samples. The first n places of a stream hold each of its n samples once."""
+        """This rank's share of the samples. The first n places of a stream are its n samples, each once."""
         for start in range(self._share.start, self._share.stop, most):
             read = self._problem.train.read(start, min(most, self._share.stop - start))
             inputs, targets = self._problem.tensors(read, self._ranks.device)

@@ -67,9 +67,8 @@ def export(run: RunDirectory, directory: Path) -> None:
     config = run.config()
     if not isinstance(config.model, LlamaConfig):
         raise ConfigError(
-            f"run {run.id} is of model={config.model.name}, of which transformers has no form; only language "
-            f"models are exported. Its weights: pipeline.checkpoint.load_weights("
-            f"RunDirectory.find('{run.id}'))"
+            f"run {run.id} is of model={config.model.name}, of which transformers has no form; only "
+            f"language models are exported. Its weights: pipeline.checkpoint.load_weights(run)"
         )
     _check(run, directory)
     tensors = transformers_weights(config, checkpoint.load_weights(run))

@@ -148,7 +148,7 @@ class _Logistic:
         return float(np.abs(moved if self.binary else moved - moved.mean(1, keepdims=True)).max())
 
     def newton_step(self, weights: Array, gradient: Array, relative: float) -> Array:
-        """−H⁻¹∇F; by conjugate gradients only as far as `relative`, the progress so far, makes worth while."""
+        """−H⁻¹∇F; by conjugate gradients only as far as `relative`, the progress so far, pays."""
         p = self.probabilities(weights)
         if weights.size > WHOLE_HESSIAN:
             return _conjugate_gradients(

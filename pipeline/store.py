@@ -46,7 +46,7 @@ _GLANCE_S = 0.2  # `is_locked` takes the lock for a moment; a taker waits that l
 
 
 def home() -> Path:
-    """Where runs/, sweeps/, reports/, corpora/ and optima/ live: CRESCENDO_HOME, else the current directory."""
+    """Where runs/, sweeps/, reports/, corpora/, optima/ live: CRESCENDO_HOME, else the current directory."""
     return Path(os.environ.get("CRESCENDO_HOME") or ".").resolve()
 
 

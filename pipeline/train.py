@@ -559,16 +559,20 @@ class Trainer:
 
     def _clock(self) -> Row:
         progress = self.progress
-        gradients = progress.sequences  # of samples, that were evaluated
         return {
             "step": progress.step,
             "tokens": self.tokens,
             "sequences": progress.sequences,
-            **({"epochs": gradients / self.problem.samples} if self.problem.samples else {}),
+            **self._epochs(),
             "time": progress.time,
             "wall": time.time(),
             "attempt": self.attempt,
         }
+
+    def _epochs(self) -> Row:
+        """Full gradient evaluations: per-sample gradients over samples to train on."""
+        samples = self.problem.samples
+        return {"epochs": self.progress.gradient_evaluations / samples} if samples else {}
 
     def _train_row(
         self,

@@ -63,7 +63,7 @@ def fully_shard_layers(model: Model, mesh: DeviceMesh, parallel: ParallelConfig)
     if parallel.precision == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.layers:
-        # The last is needed again at once, in the backward pass.
-        reshard = parallel.reshard_after_forward and layer is not model.layers[-1]
+        # A language model's head is needed again at once, in the backward pass.
+        reshard = parallel.reshard_after_forward and layer is not getattr(model, "head", None)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)

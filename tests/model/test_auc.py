@@ -25,7 +25,9 @@ def pairwise(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (1 - positive[:, None] + negative).square().mean()
 
 
-def saddle_value(scores: torch.Tensor, labels: torch.Tensor, a: float, b: float, alpha: float) -> torch.Tensor:
+def saddle_value(
+    scores: torch.Tensor, labels: torch.Tensor, a: float, b: float, alpha: float
+) -> torch.Tensor:
     saddle = torch.tensor([a, b, alpha], dtype=torch.float64).expand(len(scores), 3)
     return saddle_loss(torch.cat((scores[:, None], saddle), 1), labels, float(labels.double().mean())).mean()
 

@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline import checkpoint, samples
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, to_tree
 from pipeline.exact import Exact
+from pipeline.export import export
 from pipeline.identity import run_id
 from pipeline.problem import problem_of
-from pipeline.store import RunDirectory
+from pipeline.store import RunDirectory, thawed
+from pipeline.worker import Outcome, end
 from tests.distributed import column, ranks_of, train_here
 from tests.support import config
 
@@ -105,6 +107,7 @@ def test_variance_of_a_network_is_that_of_its_samples_one_by_one(overrides: list
 @pytest.mark.parametrize(
     "overrides", [["parallel=ddp"], ["parallel=fsdp", "model.l2=0"]], ids=["ddp", "fsdp"]
 )
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(overrides: list[str], home: Path):
     two = train_here(config(*TUMOURS, *overrides))
     one = train_here(config(*TUMOURS, *overrides[1:]))
@@ -113,6 +116,7 @@ def test_two_ranks_find_what_one_finds(overrides: list[str], home: Path):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_with_samples_of_their_own_sum_over_all(home: Path):
     composed = config(*DIGITS, "budget.tokens=64", "parallel=ddp", "data.distribution=by_rank")
     run = train_here(composed)
@@ -183,6 +187,26 @@ def test_gap_is_above_the_minimum_and_falls(home: Path):
     assert f'"loss": {column(run, "exact/loss")[0] - gaps[0]:.6f}'[:-1] in file.read_text()
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary"])
+def test_at_scikit_learns_weights_the_gap_is_nil(loss: str, home: Path):
+    linear = pytest.importorskip("sklearn.linear_model")
+    logistic = ["model=logistic", "model.widths=[]", "model.l2=0.001", f"model.loss={loss}"]
+    composed = config(*(DIGITS if loss == "cross_entropy" else [*TUMOURS, *logistic]))
+    l2 = getattr(composed.model, "l2", 0.0)
+    x, labels = training_samples(composed)
+    model = linear.LogisticRegression(C=1 / (len(x) * l2), fit_intercept=False, tol=1e-12, max_iter=1000,
+                                      solver="newton-cg").fit(x, labels)  # fmt: skip
+    weights = torch.from_numpy(model.coef_)
+    found = Exact(composed, problem_of(composed, ranks_of(composed)), ranks_of(composed)).evaluate(
+        [weights[:, :-1], weights[:, -1]]
+    )
+    assert abs(found["exact/gap"]) < 1e-13 and found["exact/grad_norm"] < 1e-6
+    moved = Exact(composed, problem_of(composed, ranks_of(composed)), ranks_of(composed)).evaluate(
+        [weights[:, :-1] * 1.01, weights[:, -1]]
+    )
+    assert moved["exact/gap"] > 1e-6
+
+
 def test_without_a_minimum_it_is_said_once(home: Path, capfd: pytest.CaptureFixture[str]):
     """30 features separate the tumours."""
     tumours = ["model=logistic", "model.widths=[]", "model.l2=0"]
@@ -194,3 +218,25 @@ def test_without_a_minimum_it_is_said_once(home: Path, capfd: pytest.CaptureFixt
 def test_refused_for_text():
     with pytest.raises(ConfigError, match=r"exact_gradient=true model=tiny.*Use track.exact_gradient=false"):
         config("track.exact_gradient=true")
+
+
+def test_l2_of_sharded_weights_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"model.l2=0.01 parallel=fsdp: no rank holds .*Use parallel=ddp, or model.l2=0"
+    ):
+        config(*DIGITS, "parallel=fsdp")
+
+
+def test_runs_from_before_the_setting_are_read():
+    tree = to_tree(config(*DIGITS))
+    del tree["track"]["exact_gradient"]
+    assert not thawed(tree).track.exact_gradient
+
+
+def test_a_finished_run_says_what_is_true_of_samples(home: Path, capfd: pytest.CaptureFixture[str]):
+    run = train_here(config(*DIGITS, "budget.tokens=64"))
+    end(run, Outcome("DONE", 0))
+    told = capfd.readouterr().out
+    assert "2 steps, 64 samples in" in told and "transformers" not in told
+    with pytest.raises(ConfigError, match="model=logistic, of which transformers has no form"):
+        export(run, home / "exported")
