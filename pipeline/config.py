@@ -167,6 +167,7 @@ class BatchConfig:
     estimator: Literal["microbatch", "worker", "paper", "sample"]
     direction: Literal["momentum", "previous", "in_sample"]
     norm: Literal["l2", "l1"]
+    form: Literal["norm", "inner_product"]
     measured_units: PositiveInt | None
     signal: Literal["plain", "debiased"]
     interval: PositiveInt

@@ -7,19 +7,21 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from pipeline import optim
 from pipeline.batch import schedule_class
-from pipeline.batch._interface import Decision, StepDone
+from pipeline.batch._interface import Decision, Redrawing, StepDone
 from pipeline.checkpoint import Checkpointer, Progress
 from pipeline.config import Config, ConfigError, LlamaConfig, to_tree
 from pipeline.data import Prefetcher
 from pipeline.exact import Exact
 from pipeline.gradients.capture import Capture, capture_for
+from pipeline.gradients.direction import Step
 from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.statistics import GradientStatistics
@@ -119,6 +121,9 @@ class Trainer:
         self.capture: Capture | None = None
         if needs := self.schedule.needs or self.batch_scaling.needs:
             self.capture = capture_for(needs, self.model, self.optimizer, ranks, self.problem.l2)
+        self.whole_step: Step | None = None  # which the schedule tests before it is taken
+        if self.schedule.needs and self.schedule.needs.redraws:
+            self.whole_step = Step(self.parameters, self.optimizer)
         state, first = self.schedule.start()
         self.progress = Progress(state, first, first.size)
         self.tokens_before = 0  # tokens seen before the step just done
@@ -189,29 +194,29 @@ class Trainer:
         size = min(decision.size, self.config.budget_sequences - progress.sequences)
         tested = self.schedule.wants_statistics(progress.schedule, number, self.tokens)
         measured = self._capture_of(size) if tested or self.batch_scaling.needs else None
-        factor = self.batch_scaling.factor(decision.size, progress.first_batch, progress.noise)
-        rate = learning_rate(
-            self.config,
-            step=number,
-            start=self.tokens,
-            step_tokens=size * self.length,
-            batch_factor=factor,
-        )
+        rate, factor = self._set_rate(number, size, decision)
         with self._waiting():
             self.sync.before_backward(number)
         share_of_loss = torch.zeros((), dtype=torch.float64, device=self.device)
         if not self.sync.decided(number):
             self.imbalance.sleep(number, len(self.sync.shares))
             share_of_loss = self._backward(progress.sequences, size, measured)
+        redraws = 0
         if self.sync.replicas:
             loss, statistics, squared_norm = self._own_gradient(share_of_loss, measured, number, rate)
         else:
             loss, statistics, squared_norm = self._summed_gradient(share_of_loss, measured)
+            while tested and statistics and (larger := self._redrawn(size, statistics)):
+                share_of_loss *= size / larger.size
+                share_of_loss += self._backward(progress.sequences, larger.size, measured, known=size)
+                decision, size, redraws = larger, larger.size, redraws + 1
+                rate, factor = self._set_rate(number, size, decision)
+                loss, statistics, squared_norm = self._summed_gradient(share_of_loss, measured)
         finite = math.isfinite(loss) and math.isfinite(squared_norm)
         if finite:
             progress.gradient_evaluations += size
             self._compare_exactly(size)
-            rate = self._update(size, rate, loss, squared_norm, statistics)
+            rate = self._update(size, loss, squared_norm, statistics)
             with self._waiting():
                 self.sync.after_step(number)
 
@@ -230,6 +235,7 @@ class Trainer:
             loss *= self.ranks.data_ranks  # of its share, until the others have told theirs
         if self.ranks.is_main:
             row = self._train_row(loss, squared_norm, rate, size, seconds, decision, statistics)
+            row |= {"batch/redraws": redraws} if self.whole_step else {}
             self._log_trained({**row, "lr/batch_factor": factor}, reports)
         if not finite:
             raise TrainingFailed(
@@ -243,19 +249,50 @@ class Trainer:
         last = self.progress.sequences + size >= self.config.budget_sequences
         return None if last else self.capture
 
-    def _backward(self, first: int, size: int, capture: Capture | None) -> torch.Tensor:
-        """This rank's part of the mean loss per token of the sequences [first, first + size).
+    def _set_rate(self, number: int, size: int, decision: Decision) -> tuple[float, float]:
+        """Gives the optimizer the learning rate of a step of this size; with what the batch does to it."""
+        progress = self.progress
+        factor = self.batch_scaling.factor(decision.size, progress.first_batch, progress.noise)
+        rate = learning_rate(
+            self.config,
+            step=number,
+            start=self.tokens,
+            step_tokens=size * self.length,
+            batch_factor=factor,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate, factor
 
-        Leaves the gradient of that mean in `.grad`; in a replica's that of its own shares.
+    def _redrawn(self, size: int, statistics: GradientStatistics) -> Decision | None:
+        """A larger batch of the step that is being done, where the schedule wants one before it is taken: by
+        rank 0's arithmetic, as the batches between steps."""
+        if not self.whole_step:
+            return None
+        left = self.config.budget_sequences - self.progress.sequences - size
+        schedule = cast("Redrawing", self.schedule)
+        decision = self.ranks.from_main(schedule.redraw(size, left, statistics))
+        return decision if decision.size > size else None
+
+    def _backward(self, first: int, size: int, capture: Capture | None, known: int = 0) -> torch.Tensor:
+        """This rank's part of the mean loss per token of the sequences [first, first + size), without that of
+        the first `known`.
+
+        Leaves the gradient of that mean in `.grad`, which holds that of the `known` already; in a replica's
+        that of its own shares.
         """
-        self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        if known:
+            torch._foreach_mul_(self._local_gradients(), known / size)
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
         if capture:
-            capture.start_step([min(self.micro, size - start) for start in range(0, size, self.micro)])
+            counts = [min(self.micro, size - start) for start in range(0, size, self.micro)]
+            (capture.continue_step if known else capture.start_step)(counts)
         whole = not self.config.parallel.shard_gradients
         if capture and capture.whole is not None:
             whole = capture.whole
-        units = list(self._units(first, size, self.sync.shares))
+        units = list(self._units(first + known, size - known, self.sync.shares))
         for index, (start, count) in enumerate(units):
             unit = (start - first) // self.micro
             inputs, targets = self._training_samples(unit, start, count)
@@ -287,9 +324,14 @@ class Trainer:
         own = [loss.view(1) / self.ranks.tensor_ranks, squared_norm.view(1), self._requests()]
         if capture:
             own.append(capture.sums())
+            if self.whole_step:
+                own.append(self.squared_norm(self.whole_step.parts()).view(1))
         mean_loss, mean_sq_norm, stop, save, *sums = self.ranks.sum(torch.cat(own))
         self.stop_agreed, self.save_agreed = stop > 0, save > 0
+        step_sq_norm = sums.pop() if capture and self.whole_step else None
         statistics = capture.statistics(sums, mean_sq_norm) if capture else None
+        if statistics and step_sq_norm is not None:
+            statistics = replace(statistics, step_sq_norm=step_sq_norm)
         return mean_loss, statistics, mean_sq_norm
 
     def _own_gradient(
@@ -392,16 +434,9 @@ class Trainer:
             return self.problem.loss(self.model, inputs, targets)
 
     def _update(
-        self,
-        size: int,
-        rate: float,
-        loss: float,
-        squared_norm: float,
-        statistics: GradientStatistics | None,
+        self, size: int, loss: float, squared_norm: float, statistics: GradientStatistics | None
     ) -> float:
         """Clips, and steps. The learning rate of the step, which may be the optimizer's own."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         squared_norm = self._clip(squared_norm)
         if isinstance(self.optimizer, Evaluating):
             variance = statistics.variance if statistics else math.nan
@@ -607,6 +642,8 @@ class Trainer:
             row["stat/mean_sq_norm"] = statistics.mean_sq_norm
             row["stat/variance"] = statistics.variance
             row["stat/noise_scale"] = statistics.noise_scale
+            if statistics.step_sq_norm is not None:
+                row["stat/step_sq_norm"] = statistics.step_sq_norm
             row |= self.progress.next_batch.log
         return row
 

@@ -62,9 +62,10 @@ class Needs:
 
     units: Literal["microbatch", "worker", "sample"]  # whose gradients are compared
     measured_units: int | None = None  # microbatch: the first so many of a step; None: all
-    # Products ⟨g_j, d⟩ with it; in_sample: of samples alone (workers have all products of theirs).
-    direction: Literal["momentum", "previous", "in_sample"] | None = None
+    # Products ⟨g_j, d⟩ with it; in_sample and step: of samples alone (workers have all products of theirs).
+    direction: Literal["momentum", "previous", "in_sample", "step"] | None = None
     coordinates: bool = False  # worker, sample: the variance of every coordinate
+    redraws: bool = False  # statistics of the step it would take, which may take more samples first
 
 
 class BatchSchedule(Protocol):
@@ -93,6 +94,15 @@ class BatchSchedule(Protocol):
         self, state: State, done: StepDone, statistics: GradientStatistics | None
     ) -> tuple[State, Decision]:
         """The batch of the step after `done`. `statistics` are of the step just done."""
+        ...
+
+
+class Redrawing(BatchSchedule, Protocol):
+    """One that needs `redraws`: asked before a measured step is taken, whether its batch may stay."""
+
+    def redraw(self, batch: int, left: int, statistics: GradientStatistics) -> Decision:
+        """The batch of the step itself, of which `batch` sequences were measured and `left` are left in the
+        budget: the same, or a larger one that begins with them."""
         ...
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.batch._interface import Needs
-from pipeline.gradients.direction import Direction, InSample, Momentum, Previous
+from pipeline.gradients.direction import Direction, InSample, Momentum, Previous, Step
 from pipeline.gradients.microbatch import MicrobatchCapture
 from pipeline.gradients.sample import SampleCapture
 from pipeline.gradients.statistics import GradientStatistics
@@ -32,6 +32,11 @@ class Capture(Protocol):
         ...
 
     def start_step(self, counts: Sequence[int]) -> None: ...
+
+    def continue_step(self, counts: Sequence[int]) -> None:
+        """The step goes on after its sums were taken, with more micro-batches: `counts` of all of them. What
+        was seen stays; the sums that follow are of the whole step."""
+        ...
 
     def unit(self, index: int) -> contextlib.AbstractContextManager[None]: ...
 
@@ -56,6 +61,8 @@ def capture_for(
         direction = Previous(parameters)
     elif needs.direction == "in_sample":
         direction = InSample(list(parameters.values()))
+    elif needs.direction == "step":
+        direction = Step(list(parameters.values()), optimizer)
     if needs.units == "sample":
-        return SampleCapture(model, ranks, l2, direction, needs.coordinates)
+        return SampleCapture(model, ranks, l2, direction, needs.coordinates, needs.redraws)
     return MicrobatchCapture(model, ranks, needs.measured_units, direction)

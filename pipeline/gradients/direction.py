@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from pipeline.gradients.dtensor import local
+from pipeline.optim._prox_sgd import ProxSGD
 
 
 class Direction(Protocol):
@@ -65,6 +66,25 @@ class InSample:
 
     def parts(self) -> list[torch.Tensor]:
         return [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
+
+    def step_done(self) -> None:
+        pass
+
+
+class Step:
+    """(x − x⁺)/α of the step from x to x⁺ that the mean gradient of the measured step would make at the
+    optimizer's rate α: that gradient itself, but for a proximal operator."""
+
+    known = True
+    saved: Mapping[str, torch.Tensor] = {}
+
+    def __init__(self, parameters: Sequence[torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+        self._gradient, self._optimizer = InSample(parameters), optimizer
+
+    def parts(self) -> list[torch.Tensor]:
+        if isinstance(self._optimizer, ProxSGD):
+            return self._optimizer.gradient_mapping()
+        return self._gradient.parts()
 
     def step_done(self) -> None:
         pass

@@ -109,13 +109,18 @@ class MicrobatchCapture:
 
     def start_step(self, counts: Sequence[int]) -> None:
         """`counts`: sequences of each micro-batch of the step, over all ranks."""
-        self._counts = counts[: self._limit]
-        self._step_sequences = sum(counts)
         self._sums.zero_()
+        self.continue_step(counts)
         known = self._direction is not None and self._direction.known
         self._projecting = self._projections if known else None
         if self._projecting:
             self._projecting.start_step(-(-len(counts) // self._ranks.data_ranks) * self._ranks.data_ranks)
+
+    def continue_step(self, counts: Sequence[int]) -> None:
+        """`counts`: of the whole step, with what it has had. Sums are of gradients without their scale. (Of
+        products with a direction none are continued.)"""
+        self._counts = counts[: self._limit]
+        self._step_sequences = sum(counts)
 
     @contextlib.contextmanager
     def unit(self, index: int) -> Iterator[None]:

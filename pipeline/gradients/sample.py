@@ -45,6 +45,7 @@ class _Unit:
     inputs: Tensor  # of the model
     deltas: Tensor  # gradients of its outputs
     layers: list[tuple[nn.Module, Tensor, Tensor]]  # the same of all layers; none where there was no room
+    scale: float  # what the loss of a sample was multiplied with
 
 
 class SampleCapture:
@@ -59,7 +60,11 @@ class SampleCapture:
         l2: float = 0.0,
         direction: Direction | None = None,
         coordinates: bool = False,
+        continues: bool = False,
     ) -> None:
+        """`continues`: a step may go on after its sums; what products need is kept until the next."""
+        assert not (coordinates and continues), "their sums over ranks are not continued"
+        self._continues = continues
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
         self._ranks, self._l2, self._direction = ranks, l2, direction
         self._parameters = list(self._model.parameters())
@@ -131,13 +136,23 @@ class SampleCapture:
 
     def start_step(self, counts: Sequence[int]) -> None:
         """`counts`: samples of each micro-batch of the step, over all ranks."""
-        self._counts, self._samples = counts, sum(counts)
-        # What the loss of a sample was multiplied with.
-        self._scale = self._ranks.loss_scale(1, of=self._samples)
         self._sum_sq_norm.zero_()
+        self._kept.clear()
         self._room = KEPT_ELEMENTS
         for squares in (self._squares or {}).values():
             squares.zero_()
+        self._begin(counts)
+
+    def continue_step(self, counts: Sequence[int]) -> None:
+        """`counts`: of the whole step, with what it has had."""
+        before = self._scale
+        self._begin(counts)
+        self._sum_sq_norm *= (self._scale / before) ** 2
+
+    def _begin(self, counts: Sequence[int]) -> None:
+        self._counts, self._samples = counts, sum(counts)
+        # What the loss of a sample is multiplied with.
+        self._scale = self._ranks.loss_scale(1, of=self._samples)
         self._recording = True
 
     @contextlib.contextmanager
@@ -150,7 +165,8 @@ class SampleCapture:
             yield
             assert not (self._active and self._waiting), "a layer received no gradient"
             if self._active and self._direction:
-                self._kept.append(_Unit(*self._of_model, self._of_layers if self._room > 0 else []))
+                layers = self._of_layers if self._room > 0 else []
+                self._kept.append(_Unit(*self._of_model, layers, self._scale))
         finally:
             self._active, self._of_layers = False, []
 
@@ -165,7 +181,8 @@ class SampleCapture:
         if self._direction:
             parts.append(self._product_sums(self._direction))
             self._direction.step_done()
-        self._kept.clear()
+        if not self._continues:
+            self._kept.clear()
         return torch.cat(parts)
 
     def _whole_sq_norm(self) -> Tensor:
@@ -198,7 +215,7 @@ class SampleCapture:
         sums[0] = self._norm(parts) / self._ranks.world_size
         for unit in self._kept:
             of_losses = self._by_layers if unit.layers else self._by_jacobian
-            products = of_losses(unit, by_parameter).double() / self._scale + shift
+            products = of_losses(unit, by_parameter).double() / unit.scale + shift
             sums[1] += products.sum()
             sums[2] += products.square().sum()
         return sums

@@ -177,6 +177,7 @@ class GradientStatistics:
     along: Projections | SampleProducts | None = None
     workers: WorkerProducts | None = None
     coordinates: Coordinates | None = None
+    step_sq_norm: float | None = None  # ‖(x − x⁺)/α‖², x⁺ = prox(x − αg); ‖g‖² without a proximal operator
 
     @property
     def variance(self) -> float:

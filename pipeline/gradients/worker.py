@@ -121,6 +121,9 @@ class WorkerCapture:
             self._coordinates.zero_()
         self._exchange.active = True
 
+    def continue_step(self, counts: Sequence[int]) -> None:
+        raise NotImplementedError("what ranks have accumulated is averaged by now")
+
     def unit(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Around the backward pass of micro-batch `index` of the step, of its share of the mean loss."""
         return contextlib.nullcontext()

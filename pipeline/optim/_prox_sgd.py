@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,24 @@ class ProxSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
+        for parameter, rate in self._steps():
+            weight = local(parameter)
+            weight.sub_(local(parameter.grad), alpha=rate)
+            if parameter.dim() > 1:
+                weight.copy_(self.proximal(weight, rate))
+
+    @torch.no_grad()
+    def gradient_mapping(self) -> list[Tensor]:
+        """(w − w⁺)/lr of the step to w⁺ that would be taken now: what this rank holds of it."""
+        parts = []
+        for parameter, rate in self._steps():
+            weight, gradient = local(parameter.detach()), local(parameter.grad)
+            if parameter.dim() > 1:
+                gradient = (weight - self.proximal(weight - rate * gradient, rate)) / rate
+            parts.append(gradient)
+        return parts
+
+    def _steps(self) -> Iterator[tuple[Tensor, float]]:
+        """Each parameter that has a gradient, and its rate."""
         for group in self.param_groups:
-            rate = group["lr"]
-            for parameter in (p for p in group["params"] if p.grad is not None):
-                weight = local(parameter)
-                weight.sub_(local(parameter.grad), alpha=rate)
-                if parameter.dim() > 1:
-                    weight.copy_(self.proximal(weight, rate))
+            yield from ((p, group["lr"]) for p in group["params"] if p.grad is not None)

@@ -127,6 +127,6 @@ def test_refuses_what_cannot_run(overrides: list[str], message: str):
 
 def test_every_file_is_an_option():
     assert names() == [
-        "constant", "coordinate_norm_test", "critical", "inner_product", "linear", "noise_scale", "norm_test",
+        "composite", "constant", "coordinate_norm_test", "critical", "inner_product", "linear", "noise_scale", "norm_test",
         "seesaw", "stages",
     ]  # fmt: skip
