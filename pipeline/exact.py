@@ -1,7 +1,7 @@
 """The objective over all training samples and its gradient (`track.exact_gradient`): what a step's own
 gradient and a batch test's numbers are estimates of.
 
-    F(w) = (1/n) Σ ℓ_i(w), with model.l2 in each ℓ_i
+    F(w) = (1/n) Σ ℓ_i(w), with model.l2 in each ℓ_i; of optim=prox_sgd the objective is F + h
 
 All is computed in float64, on a copy of the model: near an optimum F − F* and g − ∇F are far below what
 float32 resolves of F and g.
@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, vmap
 
 from pipeline.config import Config
+from pipeline.optim._proximal import penalty
 from pipeline.optimum import minimum
 from pipeline.parallel._ranks import Ranks
 from pipeline.problem import Problem
@@ -54,6 +55,7 @@ class Exact:
         else:
             bounds = [self._samples * rank // ranks.data_ranks for rank in range(ranks.data_ranks + 1)]
             self._share = range(bounds[ranks.data_rank], bounds[ranks.data_rank + 1])
+        self._penalty = penalty(config.optim)
         found = ranks.from_main(minimum(config) if ranks.is_main else None)
         self._least = found.loss if found else None
         if found and found.loss is None and ranks.is_main:
@@ -75,9 +77,11 @@ class Exact:
 
     def evaluate(self, parameters: Sequence[Tensor]) -> dict[str, float]:
         """exact/loss, exact/grad_norm and, where F* is known, exact/gap = F − F* at these weights, with what
-        `compare` found in the step before."""
+        `compare` found in the step before. With an h these are F + h and what that is over its least value;
+        exact/grad_norm is still ‖∇F‖, which need not vanish there."""
         self._set(parameters)
         loss, gradient = self._objective()
+        loss += sum(self._penalty(weight).item() for weight in self._weights.values() if weight.dim() > 1)
         found = {"exact/loss": loss, "exact/grad_norm": gradient.norm().item()}
         if self._least is not None:
             found["exact/gap"] = loss - self._least

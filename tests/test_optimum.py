@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 import pipeline.optimum
 from pipeline import samples
@@ -136,3 +137,46 @@ def test_of_processes_that_ask_at_once_one_solves(home: Path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         answers = pool.map(_asked, [str(home)] * 3, chunksize=1)
     assert len({answer for answer, _ in answers}) == 1 and sum(solved for _, solved in answers) == 1
+
+
+# --- with the h of a proximal optimizer -----------------------------------------------------------------------
+
+# The penalties, and how far the positive and the negative part of a weight may go.
+REGULARISED = {
+    "l1": (["l1=0.02"], 0.02, 0.0, (None, None)),
+    "elastic_net": (["l1=0.02", "l2=0.1"], 0.02, 0.1, (None, None)),
+    "box": (["lower=-0.1", "upper=0.2"], 0.0, 0.0, (0.2, 0.1)),
+    "simplex": ([], 0.0, 0.0, (1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", REGULARISED)
+def test_composite_as_scipy(name: str, home: Path):
+    """The difference of two parts that are not negative: |w| is their sum, and all of it is smooth."""
+    overrides, l1, l2, (positive_bound, negative_bound) = REGULARISED[name]
+    problem = [*TUMOURS, "model.loss=binary", "model.l2=0.001", "optim=prox_sgd", f"optim.regulariser={name}"]
+    inputs, labels = training_samples(*problem)
+    x, signs = np.c_[inputs, np.ones(len(inputs))], 2 * labels - 1
+    is_weight = np.r_[np.ones(30), 0.0]  # the bias is not regularised
+
+    def objective(parts: Any) -> tuple[float, Any]:
+        positive, negative = np.split(parts, 2)
+        w = positive - negative
+        margins = signs * (x @ w)
+        slope = -x.T @ (signs / (1 + np.exp(margins))) / len(x) + 0.001 * w + l2 * is_weight * w
+        value = np.logaddexp(0, -margins).mean() + 0.001 / 2 * w @ w + l2 / 2 * is_weight @ w**2
+        value += l1 * is_weight @ (positive + negative)
+        return value, np.r_[slope + l1 * is_weight, -slope + l1 * is_weight]
+
+    bounds = [(0, positive_bound)] * 30 + [(0, None)] + [(0, negative_bound)] * 30 + [(0, None)]
+    sums = [{"type": "eq", "fun": lambda parts: parts[:30].sum() - 1}] if name == "simplex" else []
+    start = np.full(62, 1 / 30) if name == "simplex" else np.zeros(62)
+    options = {"maxiter": 2000, "ftol": 1e-15}
+    solved = minimize(
+        objective, start, jac=True, bounds=bounds, constraints=sums, method="SLSQP", options=options
+    )
+
+    found = minimum(config(*problem, *(f"optim.{setting}" for setting in overrides)))
+    assert found and found.loss == pytest.approx(solved.fun, rel=1e-8)
+    free = minimum(config(*TUMOURS, "model.loss=binary", "model.l2=0.001", "optim=sgd"))
+    assert free and free.loss and found.loss > free.loss + 0.01

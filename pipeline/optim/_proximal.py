@@ -38,6 +38,13 @@ def simplex(v: Tensor, rate: float) -> Tensor:
     return (v - thresholds[positive - 1].to(v.dtype)).clamp_min(0)
 
 
+def penalty(config: OptimConfig) -> Callable[[Tensor], Tensor]:
+    """h of `optim.regulariser`, where that is finite: 0 within a constraint."""
+    l1 = config.l1 if config.regulariser in ("l1", "elastic_net") else 0.0
+    l2 = config.l2 if config.regulariser in ("l2", "elastic_net") else 0.0
+    return lambda u: l1 * u.abs().sum() + l2 / 2 * u.square().sum()
+
+
 def proximal(config: OptimConfig) -> Proximal:
     """The operator of `optim.regulariser`, which must not be none."""
     return {

@@ -72,6 +72,20 @@ def test_logistic_regression_equals_numpys(home: Path):
     assert row["exact/variance"] == pytest.approx(((each - mean) ** 2).sum() / (len(x) - 1), rel=1e-12)
 
 
+def test_a_proximal_term_is_part_of_the_objective(home: Path):
+    """Of weights, not of biases; the gradient is that of F."""
+    composed = config(*DIGITS, "budget.tokens=96", "optim=prox_sgd", "optim.regulariser=elastic_net",
+                      "optim.l1=0.01", "optim.l2=0.2")  # fmt: skip
+    run = train_here(composed)
+    (row,) = [row for row in run.rows() if "val/loss" in row]
+    weights = weights_of(run)
+    loss, each = by_hand(*training_samples(composed), weights, 0.01)
+    penalty = 0.01 * np.abs(weights[:-1]).sum() + 0.1 * (weights[:-1] ** 2).sum()
+    assert row["exact/loss"] == pytest.approx(loss + penalty, rel=1e-10) and penalty > 1e-3
+    assert row["exact/grad_norm"] == pytest.approx(np.linalg.norm(each.mean(0)), rel=1e-10)
+    assert 0 < row["exact/gap"] < row["exact/loss"]
+
+
 NETWORKS = {
     "mlp": TUMOURS,
     "mlp binary": [*TUMOURS, "model.loss=binary"],
