@@ -119,7 +119,8 @@ class Trainer:
         self.schedule = schedule_class(config.batch.schedule)(config)
         self.batch_scaling = BatchScaling(config)
         self.capture: Capture | None = None
-        if needs := self.schedule.needs or self.batch_scaling.needs:
+        self.needs_always = self.batch_scaling.needs or optim.needs(config)  # not in tested steps alone
+        if needs := self.schedule.needs or self.needs_always:
             self.capture = capture_for(needs, self.model, self.optimizer, ranks, self.problem.l2)
         self.whole_step: Step | None = None  # which the schedule tests before it is taken
         if self.schedule.needs and self.schedule.needs.redraws:
@@ -193,7 +194,7 @@ class Trainer:
         number = progress.step + 1
         size = min(decision.size, self.config.budget_sequences - progress.sequences)
         tested = self.schedule.wants_statistics(progress.schedule, number, self.tokens)
-        measured = self._capture_of(size) if tested or self.batch_scaling.needs else None
+        measured = self._capture_of(size) if tested or self.needs_always else None
         rate, factor = self._set_rate(number, size, decision)
         with self._waiting():
             self.sync.before_backward(number)

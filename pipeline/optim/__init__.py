@@ -9,6 +9,7 @@ and where it has such a thing:
 
     check(config)       problems of a config with it
     one_model           True: it asks for what replicas of the model cannot give
+    needs(config)       the gradient statistics that it asks for at every step
     wraps               True: it is about another optimizer, `optim.base`, whose file says the rest
 
 Importing this package, or an optimizer, does not import torch: the command line checks configs with it.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pipeline.batch._interface import Needs
     from pipeline.config import Config, OptimConfig
 
 
@@ -69,6 +71,11 @@ def batch_scalings(config: OptimConfig) -> tuple[str, ...]:
 
 def one_model(config: OptimConfig) -> bool:
     return getattr(_module(config.name), "one_model", False)
+
+
+def needs(config: Config) -> Needs | None:
+    found: Needs | None = getattr(_module(stepping(config.optim)), "needs", lambda _: None)(config)
+    return found
 
 
 def check(config: Config) -> list[str]:

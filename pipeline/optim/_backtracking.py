@@ -20,8 +20,9 @@ class Backtracking(Evaluating):
     step's own samples S. That is the descent lemma, and any L above the Lipschitz constant of ∇F_S passes.
 
     Each step begins with L₀ = L/ζ, ζ = max(1, 2/a), where a = tr Σ/(|S| ‖g‖²) + 1 grows with the noise of g:
-    L may halve in a step without noise and stays where noise is as large as the gradient. The variance is
-    that of a batch test; in steps that none measures it counts as 0, and the test on S alone bounds the step.
+    L may halve in a step without noise and stays where noise is as large as the gradient. Every step but the
+    last is measured for that, as the batch tests measure it where there are some; where it cannot be told, as
+    from one micro-batch, it counts as 0, and the test on S alone bounds the step.
     (The rule for L₀ and the factor 1.5 are quoted from memory: of the paper only the abstract was at hand.)
     """
 

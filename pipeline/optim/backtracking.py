@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.batch._interface import Needs
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -21,6 +23,13 @@ def settings(config: OptimConfig) -> frozenset[str]:
 
 def keeps_first_moment(config: OptimConfig) -> bool:
     return False
+
+
+def needs(config: Config) -> Needs:
+    """The noise of the gradient, which decides how far L may fall (`_backtracking.shrinkage`)."""
+    from pipeline.batch._adaptive import check_shows_samples  # imports what imports optimizers
+
+    return Needs("microbatch" if check_shows_samples(config) else "sample")
 
 
 def check(config: Config) -> list[str]:

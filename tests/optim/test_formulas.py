@@ -192,10 +192,16 @@ def test_sam_is_two_gradients_a_step(home: Path, base: str):
     close(found, w)
 
 
-def test_backtracking_decreases_the_loss_of_its_samples_enough(home: Path):
-    """L and the weights follow; every accepted step passes the test, and the L tried before it did not."""
-    test = ["batch=norm_test", "batch.max_size=64", "batch.size=32", "batch.eta=0.8", "batch.interval=2"]
-    composed = config(*DIGITS, "optim=backtracking", "optim.lr=8", *test, "budget.tokens=640")
+NORM_TEST = ["batch=norm_test", "batch.max_size=64", "batch.eta=0.8", "batch.interval=2"]
+
+
+@pytest.mark.parametrize(("test", "unit"), [(NORM_TEST, 16), ([], 1)], ids=["norm test", "constant batch"])
+def test_backtracking_decreases_the_loss_of_its_samples_enough(test: list[str], unit: int, home: Path):
+    """L and the weights follow; every accepted step passes the test, and the L tried before it did not. Every
+    step but the last is measured, by micro-batches as the norm test is, or by samples."""
+    composed = config(
+        *DIGITS, "optim=backtracking", "optim.lr=8", "batch.size=32", *test, "budget.tokens=640"
+    )
     run = train_here(composed)
     measured = [row.get("stat/variance") for row in run.rows() if "lr" in row]
     softmax, w, constant = Softmax(composed), np.zeros((10, 65)), 1 / 8
@@ -204,8 +210,8 @@ def test_backtracking_decreases_the_loss_of_its_samples_enough(home: Path):
         g, before = softmax.gradient(w, first, size), softmax.loss(w, first, size)
         square, ratio = (g**2).sum(), 1.0
         if logged is not None:
-            units = [softmax.gradient(w, start, 16) for start in range(first, first + size, 16)]
-            variance = 16 * sum(((unit - g) ** 2).sum() for unit in units) / (len(units) - 1)
+            units = [softmax.gradient(w, start, unit) for start in range(first, first + size, unit)]
+            variance = unit * sum(((unit - g) ** 2).sum() for unit in units) / (len(units) - 1)
             assert logged == pytest.approx(variance, rel=1e-4)
             ratio = variance / (size * square) + 1
         shrunk.append(max(1.0, 2 / ratio))
@@ -218,7 +224,8 @@ def test_backtracking_decreases_the_loss_of_its_samples_enough(home: Path):
         w = w - lr * g
         assert softmax.loss(w, first, size) <= before - lr / 2 * square + 2e-6 * before
     close(weights_of(run), w)
-    assert shrunk.count(2.0) > 2 and any(1 < factor < 2 for factor in shrunk)
+    assert [logged is None for logged in measured] == [*[False] * (len(measured) - 1), True]
+    assert shrunk[-1] == 2 and any(1 < factor < 2 for factor in shrunk)
     assert evaluations > 640 + 5 * 32  # several trials failed
     assert column(run, "loss_evaluations")[-1] == evaluations
     assert column(run, "gradient_evaluations")[-1] == 640
