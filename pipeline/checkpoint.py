@@ -81,11 +81,13 @@ class Progress:
     gradient_evaluations: int = 0  # of single sequences, also those that an optimizer asked for
     loss_evaluations: int = 0  # of single sequences, without a gradient: those of a line search
     averaged: int = 0  # iterates in the mean that optim=swa keeps
+    unchanged: int = 0  # steps in a row, up to the last one, with the batch that comes next
 
     @staticmethod
     def from_tree(tree: dict[str, Any]) -> Progress:
         # Of an earlier version, which saw every sequence once.
-        tree = {"gradient_evaluations": tree["sequences"], "loss_evaluations": 0, "averaged": 0, **tree}
+        earlier = {"loss_evaluations": 0, "averaged": 0, "unchanged": 0}
+        tree = {"gradient_evaluations": tree["sequences"], **earlier, **tree}
         values = {field.name: tree[field.name] for field in dataclasses.fields(Progress)}
         values["schedule"] = State.from_tree(tree["schedule"])
         values["next_batch"] = Decision(**tree["next_batch"])

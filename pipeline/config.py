@@ -169,6 +169,8 @@ class BatchConfig:
     norm: Literal["l2", "l1"]
     form: Literal["norm", "inner_product"]
     measured_units: PositiveInt | None
+    averaged_steps: PositiveInt | None
+    averaged_ratio: PositiveFloat
     signal: Literal["plain", "debiased"]
     interval: PositiveInt
     start_tokens: Tokens

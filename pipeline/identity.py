@@ -12,6 +12,7 @@ import pipeline.batch as batch_schedules
 import pipeline.optim as optimizers
 import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
+from pipeline.batch._adaptive import AVERAGING
 from pipeline.config import TEXT_SOURCES, Config, DataConfig, LlamaConfig, check, to_tree
 
 SCHEMA_VERSION = 1  # raise it when the same config begins to mean another computation
@@ -48,6 +49,8 @@ def identity_fields(config: Config) -> dict[str, Any]:
     read = batch_schedules.schedule_class(config.batch.schedule).settings | {"schedule"}
     if config.batch.schedule in _NO_OTHER_ESTIMATOR and config.batch.estimator != "sample":
         read -= {"estimator"}
+    if config.batch.averaged_steps is None:
+        read -= AVERAGING
     tree["batch"] = {key: value for key, value in tree["batch"].items() if key in read}
     read = sync_methods.method_class(config.sync.method).settings | {"method"}
     tree["sync"] = {key: value for key, value in tree["sync"].items() if key in read}

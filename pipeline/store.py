@@ -84,7 +84,7 @@ def _later_settings() -> dict[str, dict[str, Any]]:
         "data": {
             key: defaults["data"][key] for key in ("distribution", "samples", "features", "standardise")
         },
-        "batch": {"form": defaults["batch"]["form"]},
+        "batch": {key: defaults["batch"][key] for key in ("form", "averaged_steps", "averaged_ratio")},
         "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
         "optim": {key: value for key, value in defaults["optim"].items() if key != "name"},
         "imbalance": {**defaults["imbalance"], "kind": "none"},

@@ -24,6 +24,7 @@ from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.direction import Step
 from pipeline.gradients.dtensor import local
 from pipeline.gradients.norms import SquaredNorm
+from pipeline.gradients.recent import Recent
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.imbalance import Imbalance
 from pipeline.optim._average import Average
@@ -118,10 +119,13 @@ class Trainer:
 
         self.schedule = schedule_class(config.batch.schedule)(config)
         self.batch_scaling = BatchScaling(config)
+        self.recent: Recent | None = None
+        if (steps := config.batch.averaged_steps) and "averaged_steps" in self.schedule.settings:
+            self.recent = Recent(named, steps, config.batch.averaged_ratio, ranks)
         self.capture: Capture | None = None
         self.needs_always = self.batch_scaling.needs or optim.needs(config)  # not in tested steps alone
         if needs := self.schedule.needs or self.needs_always:
-            self.capture = capture_for(needs, self.model, self.optimizer, ranks, self.problem.l2)
+            self.capture = capture_for(needs, self.model, self.optimizer, ranks, self.problem.l2, self.recent)
         self.whole_step: Step | None = None  # which the schedule tests before it is taken
         if self.schedule.needs and self.schedule.needs.redraws:
             self.whole_step = Step(self.parameters, self.optimizer)
@@ -137,6 +141,7 @@ class Trainer:
         captured = {
             **(self.capture.saved if self.capture else {}),
             **(self.average.saved if self.average else {}),
+            **(self.recent.saved if self.recent else {}),
         }
         model_settings = {f"model.{k}": v for k, v in to_tree(config.model).items() if k != "name"}
         self.checkpoints = Checkpointer(
@@ -320,6 +325,8 @@ class Trainer:
         self, loss: torch.Tensor, capture: Capture | None
     ) -> tuple[float, GradientStatistics | None, float]:
         """Of the one model: mean loss per token, statistics before clipping, and ‖g‖². All ranks meet."""
+        if self.recent:
+            self.recent.observe(self.progress.step, self.progress.unchanged + 1)
         # Ranks that share matrix products have the same loss.
         squared_norm = self.squared_norm(self._local_gradients())
         own = [loss.view(1) / self.ranks.tensor_ranks, squared_norm.view(1), self._requests()]
@@ -331,8 +338,9 @@ class Trainer:
         self.stop_agreed, self.save_agreed = stop > 0, save > 0
         step_sq_norm = sums.pop() if capture and self.whole_step else None
         statistics = capture.statistics(sums, mean_sq_norm) if capture else None
-        if statistics and step_sq_norm is not None:
-            statistics = replace(statistics, step_sq_norm=step_sq_norm)
+        if statistics:
+            averaged = self.recent.sq_norm if self.recent else None
+            statistics = replace(statistics, step_sq_norm=step_sq_norm, averaged_sq_norm=averaged)
         return mean_loss, statistics, mean_sq_norm
 
     def _own_gradient(
@@ -513,6 +521,7 @@ class Trainer:
             noise = self.batch_scaling.observe(noise, statistics, size, progress.first_batch)
             *decided, noise = self.ranks.from_main((*decided, noise))
         progress.schedule, progress.next_batch = decided
+        progress.unchanged = progress.unchanged + 1 if progress.next_batch.size == size else 0
         progress.noise = noise
 
     # --- evaluation, checkpoints, the record
@@ -645,6 +654,8 @@ class Trainer:
             row["stat/noise_scale"] = statistics.noise_scale
             if statistics.step_sq_norm is not None:
                 row["stat/step_sq_norm"] = statistics.step_sq_norm
+            if statistics.averaged_sq_norm is not None:
+                row["stat/averaged_sq_norm"] = statistics.averaged_sq_norm
             row |= self.progress.next_batch.log
         return row
 

@@ -29,6 +29,7 @@ GUARDS = frozenset(
         "monotone",
     ]
 )
+AVERAGING = frozenset(["averaged_steps", "averaged_ratio"])
 
 
 class Adaptive:
@@ -180,6 +181,30 @@ def _agreed(demands: tuple[float, ...], batch: int) -> float:
 def noise_to_signal(noise: float, signal: float) -> float:
     """Infinite when no signal is left."""
     return max(noise, 0.0) / signal if signal > 0 else math.inf
+
+
+def check_averaging(config: Config) -> list[str]:
+    """Problems of a mean of gradients that stands for one of them, for the user."""
+    batch, problems = config.batch, []
+    if batch.averaged_steps is None:
+        return []
+    chosen = f"batch.averaged_steps={batch.averaged_steps}"
+    if batch.averaged_steps < 2:
+        problems.append(f"{chosen}: a mean needs two. Nearest: 2; 10 in Bollapragada et al. 2018; or null")
+    if batch.averaged_ratio > 1:
+        problems.append(f"batch.averaged_ratio={batch.averaged_ratio}: must be at most 1. Usual: 0.38")
+    if batch.signal != "plain":
+        problems.append(
+            f"{chosen} batch.signal={batch.signal}: both are against the noise in the gradient's norm. Use "
+            f"batch.signal=plain or batch.averaged_steps=null"
+        )
+    if config.parallel.strategy not in ("single", "ddp") or config.sync.method != "allreduce":
+        problems.append(
+            f"{chosen} parallel={config.parallel.strategy} sync={config.sync.method}: averages the whole "
+            f"gradient of one model. Use parallel=single or parallel=ddp with sync=allreduce, or "
+            f"batch.averaged_steps=null"
+        )
+    return problems
 
 
 def check_shows_samples(config: Config) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pipeline.batch._adaptive import GUARDS, Adaptive, noise_to_signal
+from pipeline.batch._adaptive import AVERAGING, GUARDS, Adaptive, check_averaging, noise_to_signal
 from pipeline.batch._interface import Needs
 from pipeline.optim import keeps_first_moment
 
@@ -32,9 +32,12 @@ class Schedule(Adaptive):
     about tr Σ²/tr Σ.
     `momentum` (the optimizer's first moment) and `previous` (the mean gradient of the measured step before)
     are fixed before the batch is drawn; the variance along them has no bias.
+
+    The paper's whole method: `estimator=sample`, `direction=in_sample`, `theta=0.9`, `nu=5.84`, `ema=0`,
+    `averaged_steps=10` (see gradients/recent.py), and `optim=backtracking`.
     """
 
-    settings = GUARDS | {"theta", "nu", "epsilon", "direction", "signal", "estimator"}
+    settings = GUARDS | AVERAGING | {"theta", "nu", "epsilon", "direction", "signal", "estimator"}
 
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
@@ -50,7 +53,14 @@ class Schedule(Adaptive):
 
     @classmethod
     def check(cls, config: Config) -> list[str]:
-        batch, problems = config.batch, super().check(config)
+        batch, problems = config.batch, super().check(config) + check_averaging(config)
+        if batch.averaged_steps and (batch.direction, batch.estimator) != ("in_sample", "sample"):
+            problems.append(
+                f"batch.averaged_steps={batch.averaged_steps} batch.direction={batch.direction} "
+                f"batch.estimator={batch.estimator}: the mean stands for the batch's own gradient, compared "
+                f"with samples. Use batch.direction=in_sample batch.estimator=sample, or "
+                f"batch.averaged_steps=null"
+            )
         missing = [key for key in ("theta", "nu") if getattr(batch, key) is None]
         if batch.epsilon is None and missing:
             problems += [_missing(key) for key in missing]

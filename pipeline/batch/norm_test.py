@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.batch._adaptive import GUARDS, Adaptive, noise_to_signal
+from pipeline.batch._adaptive import AVERAGING, GUARDS, Adaptive, check_averaging, noise_to_signal
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -25,11 +25,11 @@ class Schedule(Adaptive):
     D: `plain` ‖g‖² as in the paper, which settles at B_simple(1 − η²)/η²; `debiased` |G|², at B_simple/η².
     """
 
-    settings = GUARDS | {"eta", "signal", "estimator"}
+    settings = GUARDS | AVERAGING | {"eta", "signal", "estimator"}
 
     @classmethod
     def check(cls, config: Config) -> list[str]:
-        problems = super().check(config)
+        problems = super().check(config) + check_averaging(config)
         batch = config.batch
         if batch.estimator == "paper" and batch.signal == "debiased":
             problems.append(

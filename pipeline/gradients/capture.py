@@ -12,6 +12,7 @@ from torch import nn
 from pipeline.batch._interface import Needs
 from pipeline.gradients.direction import Direction, InSample, Momentum, Previous, Step
 from pipeline.gradients.microbatch import MicrobatchCapture
+from pipeline.gradients.recent import Recent
 from pipeline.gradients.sample import SampleCapture
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.gradients.worker import WorkerCapture
@@ -46,10 +47,15 @@ class Capture(Protocol):
 
 
 def capture_for(
-    needs: Needs, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks, l2: float = 0.0
+    needs: Needs,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    l2: float = 0.0,
+    recent: Recent | None = None,
 ) -> Capture:
     """To be called by all ranks, after the model is distributed and has its weights. The loss of every sample
-    includes `l2`/2 ‖w‖²."""
+    includes `l2`/2 ‖w‖². `recent`: gradients whose mean may stand for that of a step."""
     if needs.units == "worker":
         return WorkerCapture(model, ranks, needs.coordinates)
     # DDP puts a prefix before names, which a checkpoint must not have.
@@ -60,7 +66,7 @@ def capture_for(
     elif needs.direction == "previous":
         direction = Previous(parameters)
     elif needs.direction == "in_sample":
-        direction = InSample(list(parameters.values()))
+        direction = InSample(list(parameters.values()), recent)
     elif needs.direction == "step":
         direction = Step(list(parameters.values()), optimizer)
     if needs.units == "sample":

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from pipeline.gradients.dtensor import local
+from pipeline.gradients.recent import Recent
 from pipeline.optim._prox_sgd import ProxSGD
 
 
@@ -56,15 +57,18 @@ class Momentum:
 
 
 class InSample:
-    """The mean gradient of the measured step itself: known when `.grad` is complete."""
+    """The mean gradient of the measured step itself: known when `.grad` is complete. Or the mean of the last
+    ones, where that stands for it."""
 
     known = True
     saved: Mapping[str, torch.Tensor] = {}
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[torch.Tensor], recent: Recent | None = None) -> None:
+        self._parameters, self._recent = parameters, recent
 
     def parts(self) -> list[torch.Tensor]:
+        if self._recent and self._recent.sq_norm is not None:
+            return self._recent.mean()
         return [local(parameter.grad) for parameter in self._parameters if parameter.grad is not None]
 
     def step_done(self) -> None:

@@ -177,6 +177,7 @@ class GradientStatistics:
     along: Projections | SampleProducts | None = None
     workers: WorkerProducts | None = None
     coordinates: Coordinates | None = None
+    averaged_sq_norm: float | None = None  # ‖g_avg‖² of the last steps, where that stands for g in tests
     step_sq_norm: float | None = None  # ‖(x − x⁺)/α‖², x⁺ = prox(x − αg); ‖g‖² without a proximal operator
 
     @property
@@ -209,7 +210,9 @@ class GradientStatistics:
         return (self.sum_sq_norm - self.units * self.mean_sq_norm) / self.units
 
     def squared_norm(self, of: Literal["plain", "debiased"]) -> float:
-        """‖g‖² of the batch, or |G|² without the batch's noise."""
+        """‖g‖² of the batch, or of what stands for g; or |G|² without the batch's noise."""
+        if self.averaged_sq_norm is not None:
+            return self.averaged_sq_norm
         return self.mean_sq_norm if of == "plain" else self.signal
 
     @property
