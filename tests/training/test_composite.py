@@ -200,6 +200,24 @@ def logged(run: RunDirectory) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in times} for row in run.rows()]
 
 
+@pytest.mark.slow
+def test_at_a_constrained_solution_the_test_of_the_gradient_stops_and_that_of_the_step_goes_on(home: Path):
+    """Xie et al.'s argument. The gradient's norm does not vanish at the solution, so that the norm test is
+    content with tr Σ/(η²‖∇F‖²) samples for ever, and the objective stays in the noise of so many."""
+    short = ["experiment=xie2020_small", "budget.tokens=60k", "eval.interval_tokens=4k"]
+    rows = ["batch=composite batch.form=norm", "batch=composite batch.form=inner_product", "batch=norm_test"]
+    norm, inner, pointwise = (train_here(config(*short, *row.split())) for row in rows)
+    assert column(pointwise, "exact/grad_norm")[-1] > 0.1
+    variance, gradient = column(pointwise, "exact/variance")[-1], column(pointwise, "exact/grad_norm")[-1]
+    sizes = column(pointwise, "batch/size")
+    assert 64 < max(sizes) < 1.5 * variance / (0.5**2 * gradient**2) < 1000
+    assert len(set(sizes[len(sizes) // 2 : -1])) == 1
+    for composite in (norm, inner):
+        assert max(column(composite, "batch/size")) == 5568
+        gaps, others = column(composite, "exact/gap"), column(pointwise, "exact/gap")
+        assert min(gaps[-5:]) < min(others[-5:]) / 3
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
