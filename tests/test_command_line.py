@@ -57,7 +57,7 @@ REJECTED = {
     "~batch.etaa": "batch.etaa: no such setting. Did you mean batch.eta?",
     "modell=tiny": "modell: no such setting. Did you mean model?",
     "model=tinny": "model=tinny: no such option of model. Did you mean tiny? Options: 10m, 60m,",
-    "batch=Norm_test": "batch=Norm_test: no such option of batch. Did you mean norm_test? Options: constant,",
+    "batch=Norm_test": "batch=Norm_test: no such option of batch. Did you mean norm_test? Options: composite,",
     "parallel=dpp": "parallel=dpp: no such option of parallel. Did you mean ddp? Options: ddp,",
     "experiment=demoo": "experiment=demoo: no such option of experiment. Did you mean demo? Options: adadagrad,",
     "hydra/launcher=locl": "hydra/launcher=locl: no such option of hydra/launcher. Did you mean local?",
@@ -252,7 +252,7 @@ def test_nothing_before_a_run_imports_torch(elsewhere: Path) -> None:
     codes = [line.rsplit(" ", 1)[1] for line in result.stdout.splitlines() if line.startswith("# [")]
     assert codes == ["0", "0", "2", "2", "2", "2"]
     help_text = result.stdout[: result.stdout.index("# [")]
-    assert "batch: constant, " in help_text and "micro_batch: 4" in help_text
+    assert "batch: composite, constant, " in help_text and "micro_batch: 4" in help_text
     assert tree_of(elsewhere) == {}
 
 
