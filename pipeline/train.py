@@ -413,6 +413,8 @@ class Trainer:
                     None if math.isnan(variance) else variance,
                     lambda: self._loss_again(size),
                     lambda: self._gradient_again(size),
+                    self.progress.sequences,
+                    self._average_replicas,
                 )
             )
         else:
@@ -457,6 +459,11 @@ class Trainer:
         (squared_norm,) = self.ranks.sum(self.squared_norm(self._local_gradients()).view(1))
         self.progress.gradient_evaluations += size
         return self._clip(squared_norm)
+
+    def _average_replicas(self) -> None:
+        if self.sync.replicas:
+            with self._waiting():
+                self.replica.set_weights(self.replica.averaged(self.replica.weights()))
 
     def _compare_exactly(self, size: int) -> None:
         """The gradient, before clipping, with that over all samples, unless each replica has its own."""
