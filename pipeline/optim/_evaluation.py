@@ -23,9 +23,7 @@ class Evaluation:
     loss_again: Callable[[], float]  # at the weights as they are now
     gradient_again: Callable[[], float]  # the same; leaves it in `.grad`, clipped, and returns its ‖g‖²
     first: int  # sequences before the step
-    average_replicas: Callable[
-        [], None
-    ]  # gives replicas the mean of their weights; nothing to one model
+    average_replicas: Callable[[], None]  # gives replicas the mean of their weights; nothing to one model
 
 
 class Evaluating(torch.optim.Optimizer):
