@@ -494,14 +494,13 @@ class Trainer:
         their mean. Beside them, as `…_averaged`, those of the mean of iterates, where there is one."""
         with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
             evaluated = self._evaluated()
+            exact = self.exact.evaluate(self.parameters) if self.exact else {}
         beside = {}
         if self.average and self.progress.averaged:
             with self.average.in_place():
                 beside = {f"{name}_averaged": value for name, value in self._evaluated().items()}
-        if self.exact:
-            beside |= self.exact.evaluate(self.parameters)
         if self.ranks.is_main:
-            self._log({**self._clock(), **evaluated, **beside})
+            self._log({**self._clock(), **evaluated, **beside, **exact})
         if not math.isfinite(evaluated["val/loss"]):
             raise TrainingFailed(f"step {self.progress.step}: validation loss {evaluated['val/loss']}")
         self.resumed_at = time.perf_counter()
