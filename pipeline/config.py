@@ -245,6 +245,9 @@ class OptimConfig:
     average_start: float
     average_interval_tokens: PositiveTokens | None
     average_restart_tokens: PositiveTokens | None
+    stage_tokens: PositiveTokens
+    stage_growth: Factor
+    proximity: PositiveFloat
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ class CrossEntropy(_Accuracy):
 class Binary(_Accuracy):
     """log(1 + exp(−y h)) of one output h and the label y = ±1."""
 
-    outputs = 1
+    outputs, sums = 1, _Accuracy.sums + 2 * SCORE_BINS
 
     def of(self, outputs: Tensor, labels: Tensor) -> Tensor:
         output = _at_least_float32(outputs[:, 0])
@@ -88,6 +88,14 @@ class Binary(_Accuracy):
 
     def guessed(self, outputs: Tensor) -> Tensor:
         return (outputs[:, 0] > 0).long()
+
+    def evaluated(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        scores = _at_least_float32(outputs[:, 0]).sigmoid()
+        return torch.cat((super().evaluated(outputs, labels), score_counts(scores, labels)))
+
+    def metrics(self, sums: Tensor, samples: int) -> dict[str, float]:
+        accuracy = _Accuracy.sums
+        return {**super().metrics(sums[:accuracy], samples), "val/auc": auc(sums[accuracy:])}
 
 
 class AUC:

@@ -457,6 +457,8 @@ class Trainer:
                     None if math.isnan(variance) else variance,
                     lambda: self._loss_again(size),
                     lambda: self._gradient_again(size),
+                    self.progress.sequences,
+                    self._average_replicas,
                 )
             )
         else:
@@ -502,6 +504,11 @@ class Trainer:
         self.progress.gradient_evaluations += size
         return self._clip(squared_norm)
 
+    def _average_replicas(self) -> None:
+        if self.sync.replicas:
+            with self._waiting():
+                self.replica.set_weights(self.replica.averaged(self.replica.weights()))
+
     def _compare_exactly(self, size: int) -> None:
         """The gradient, before clipping, with that over all samples, unless each replica has its own."""
         if self.exact and not self.sync.replicas and self.evaluated_after(size):
@@ -532,14 +539,13 @@ class Trainer:
         their mean. Beside them, as `…_averaged`, those of the mean of iterates, where there is one."""
         with self.replica.replaced_by_mean() if self.sync.replicas else contextlib.nullcontext():
             evaluated = self._evaluated()
+            exact = self.exact.evaluate(self.parameters) if self.exact else {}
         beside = {}
         if self.average and self.progress.averaged:
             with self.average.in_place():
                 beside = {f"{name}_averaged": value for name, value in self._evaluated().items()}
-        if self.exact:
-            beside |= self.exact.evaluate(self.parameters)
         if self.ranks.is_main:
-            self._log({**self._clock(), **evaluated, **beside})
+            self._log({**self._clock(), **evaluated, **beside, **exact})
         if not math.isfinite(evaluated["val/loss"]):
             raise TrainingFailed(f"step {self.progress.step}: validation loss {evaluated['val/loss']}")
         self.resumed_at = time.perf_counter()

@@ -22,6 +22,8 @@ class Evaluation:
     variance: float | None  # tr Σ of one sequence's gradient, where the step was measured
     loss_again: Callable[[], float]  # at the weights as they are now
     gradient_again: Callable[[], float]  # the same; leaves it in `.grad`, clipped, and returns its ‖g‖²
+    first: int  # sequences before the step
+    average_replicas: Callable[[], None]  # gives replicas the mean of their weights; nothing to one model
 
 
 class Evaluating(torch.optim.Optimizer):

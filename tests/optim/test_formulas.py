@@ -241,7 +241,7 @@ def step_of_backtracking(again: Callable[[float], float]) -> tuple[float, float,
         trials.append(weight.item())
         return again(weight.item())
 
-    optimizer.step(Evaluation(1, 1.0, 1e-8, 1e-8, loss_again, lambda: 0.0))
+    optimizer.step(Evaluation(1, 1.0, 1e-8, 1e-8, loss_again, lambda: 0.0, 0, lambda: None))
     return optimizer.param_groups[0]["lr"], weight.item(), len(trials)
 
 

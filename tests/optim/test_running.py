@@ -170,7 +170,8 @@ def test_a_checkpoint_of_before_has_seen_every_sequence_once():
 
 
 LATER = ["delta", "decay_ratio", "accumulator", "per_row", "delayed", "regulariser", "l1", "l2", "lower", "upper",
-         "base", "rho", "average_start", "average_interval_tokens", "average_restart_tokens"]  # fmt: skip
+         "base", "rho", "average_start", "average_interval_tokens", "average_restart_tokens", "stage_tokens",
+         "stage_growth", "proximity"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["adagrad", "adamw", "sgd", "signum"])
