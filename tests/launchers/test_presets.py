@@ -14,8 +14,23 @@ from tests.support import ROOT
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 PAPERS = [
     "lau2024_microllama", "lau2024_tinyllama", "lau2024_openllama", "adadagrad", "naganuma2026", "merrill2025",
-    "seesaw2025", "gpt3_ramp",
+    "seesaw2025", "gpt3_ramp", "bollapragada2018", "espath2021", "adadagrad_mnist", "adadagrad_cifar",
 ]  # fmt: skip
+
+# Of the data sets that labelled samples are read from, in the directory where the command stands.
+FILES = [
+    "gisette_scale",
+    "gisette_scale.t",
+    *(
+        f"mnist/{part}-{what}"
+        for part in ("train", "t10k")
+        for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ),
+    *(
+        f"cifar-10-batches-bin/{part}_batch{n}.bin"
+        for part, n in [("test", ""), *(("data", f"_{i}") for i in range(1, 6))]
+    ),
+]
 
 
 def planned(
@@ -38,6 +53,9 @@ def planned(
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_has_a_plan(name: str, here: Path, monkeypatch, capsys):
+    for path in FILES:
+        (here / path).parent.mkdir(exist_ok=True)
+        (here / path).touch()
     rows = planned(name, monkeypatch, capsys)
     assert rows
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
