@@ -214,7 +214,7 @@ def batches_over(method: Method, grid: Array) -> Array:
 def styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
     """(colour, dashes) of each: one colour for a kind of test, in every figure."""
     sizes = sorted({_size(method) for method in methods if method.kind == "constant"})
-    seen: Counter[str] = Counter()
+    seen = Counter({COLOURS["inner product, best split"]: 1})  # dashed: it lies on the norm test's line
     found = []
     for method in methods:
         constant = method.kind == "constant"
