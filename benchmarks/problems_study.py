@@ -267,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.presets:
         preset = PRESETS[name]
         methods = methods_of(name, preset.measure)
-        parts.append(f"## {name}\n\n{preset.title}.\n\n{table(methods, preset)}\n")
+        seeds = len({seed for method in methods for seed in method.curves})
+        parts.append(f"## {name}\n\n{preset.title}; seeds: {seeds}.\n\n{table(methods, preset)}\n")
         draw(methods, preset, options.directory / f"{name}.png")
     (options.directory / "tables.md").write_text("\n".join(parts), encoding="utf-8")
     print("\n".join(parts))
