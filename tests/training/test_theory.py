@@ -24,8 +24,8 @@ PLAIN = [
 ]  # fmt: skip
 
 
-def trained(home: Path, *overrides: str) -> RunDirectory:
-    """A run by these settings, kept beside others of the same identity."""
+def trained(*overrides: str) -> RunDirectory:
+    """A run by these settings."""
     return train_here(config(*PLAIN, *overrides))
 
 
@@ -51,7 +51,7 @@ def test_a_growing_batch_converges_linearly_and_a_constant_one_does_not(home: Pa
     balance: near the optimum, to first order in the rate α, at α tr Σ/(4 b), and at most 2/(2 − αL) times that."""
     factors, floors, falls = [], [], []
     for seed in range(3):
-        adaptive = trained(home, *STRONGLY_CONVEX, "batch=norm_test", "batch.eta=0.9", f"batch.size={FIRST}",
+        adaptive = trained(*STRONGLY_CONVEX, "batch=norm_test", "batch.eta=0.9", f"batch.size={FIRST}",
                            "batch.max_size=4992", "budget.tokens=30k", "eval.interval_tokens=1", f"seed={seed}")  # fmt: skip
         sizes = np.array(column(adaptive, "batch/size"))
         gaps = np.array(column(adaptive, "exact/gap"))[: int((sizes < 1700).argmin())]
@@ -59,7 +59,7 @@ def test_a_growing_batch_converges_linearly_and_a_constant_one_does_not(home: Pa
         slope = np.polyfit(np.arange(len(gaps)), np.log(gaps), 1)[0]
         factors.append(float(np.exp(slope)))
 
-        constant = trained(home, *STRONGLY_CONVEX, "batch=constant", f"batch.size={FIRST}", "budget.tokens=8000",
+        constant = trained(*STRONGLY_CONVEX, "batch=constant", f"batch.size={FIRST}", "budget.tokens=8000",
                            "eval.interval_tokens=400", f"seed={seed}")  # fmt: skip
         late = np.array(column(constant, "exact/gap"))[4:]
         variance = column(constant, "exact/variance")[-1]
@@ -82,7 +82,7 @@ TUMOURS = [
 ]  # fmt: skip
 DIGITS = [
     "model=logistic", "model.l2=7e-4", "data=digits", "optim.lr=1", "data.micro_batch=8", "batch.size=8",
-    "batch.max_size=1432", "budget.tokens=4314", "eval.interval_tokens=144",
+    "batch.max_size=1432", "budget.tokens=4314", "eval.interval_tokens=288",
 ]  # fmt: skip
 
 
@@ -91,10 +91,8 @@ DIGITS = [
 def test_the_inner_product_test_needs_fewer_gradients_than_the_norm_test(problem: list[str], home: Path):
     """Bollapragada et al. 2018, θ 0.9 for both and ν 5.84: to the gap that the norm test ends with."""
     for seed in range(3):
-        norm = trained(home, *problem, "batch=norm_test", "batch.eta=0.9", f"seed={seed}")
-        inner = trained(
-            home, *problem, "batch=inner_product", "batch.theta=0.9", "batch.nu=5.84", f"seed={seed}"
-        )
+        norm = trained(*problem, "batch=norm_test", "batch.eta=0.9", f"seed={seed}")
+        inner = trained(*problem, "batch=inner_product", "batch.theta=0.9", "batch.nu=5.84", f"seed={seed}")
         *_, (_, epochs, level) = evaluated(norm, "exact/gap")
         sooner = [at for _, at, gap in evaluated(inner, "exact/gap") if gap <= level]
         assert sooner and sooner[0] < epochs / 2
@@ -104,8 +102,8 @@ def test_the_norm_test_and_the_best_split_choose_the_same_batches(home: Path):
     """Espath et al. 2021: with θ² : ν² = σ∥² : σ⊥² in every step; and any other split of ε² asks for no less."""
     epsilon = 1.0
     short = [*DIGITS, "budget.tokens=3000", "eval.interval_tokens=null", "track.exact_gradient=false"]
-    norm = trained(home, *short, "batch=norm_test", f"batch.eta={epsilon}")
-    split = trained(home, *short, "batch=inner_product", "batch.theta=null", "batch.nu=null",
+    norm = trained(*short, "batch=norm_test", f"batch.eta={epsilon}")
+    split = trained(*short, "batch=inner_product", "batch.theta=null", "batch.nu=null",
                     f"batch.epsilon={epsilon}")  # fmt: skip
     sizes = column(norm, "batch/size")
     assert column(split, "batch/size") == sizes and len(set(sizes)) > 5
@@ -137,9 +135,9 @@ def test_adagrad_norm_with_a_growing_batch_comes_nearer_to_stationarity(home: Pa
     problem = [*STRONGLY_CONVEX, "optim=adagrad_norm", "optim.lr=4", "batch.size=16", "budget.tokens=30k",
                "eval.interval_tokens=5k"]  # fmt: skip
     for seed in range(3):
-        constant = trained(home, *problem, "batch=constant", f"seed={seed}")
+        constant = trained(*problem, "batch=constant", f"seed={seed}")
         growing = ["batch=norm_test", "batch.eta=0.9", "batch.max_size=4992"]
-        grown = trained(home, *problem, *growing, f"seed={seed}")
+        grown = trained(*problem, *growing, f"seed={seed}")
         its = {epochs: norm for _, epochs, norm in evaluated(constant, "exact/grad_norm")}
         ours = [(epochs, norm) for _, epochs, norm in evaluated(grown, "exact/grad_norm") if epochs <= 5]
         assert ours[-1][1] < its[max(its)] / 3 and ours[-1][0] > 3
