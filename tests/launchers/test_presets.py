@@ -14,11 +14,26 @@ from tests.support import ROOT
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 PAPERS = [
     "lau2024_microllama", "lau2024_tinyllama", "lau2024_openllama", "adadagrad", "naganuma2026", "merrill2025",
-    "seesaw2025", "gpt3_ramp", "xie2020", "coda2020",
+    "seesaw2025", "gpt3_ramp", "bollapragada2018", "espath2021", "adadagrad_mnist", "adadagrad_cifar",
+    "xie2020", "coda2020",
 ]  # fmt: skip
 
 # Of the data sets that labelled samples are read from, in the directory where the command stands.
-FILES = ["ijcnn1", "ijcnn1.t"]
+FILES = [
+    "gisette_scale",
+    "gisette_scale.t",
+    "ijcnn1",
+    "ijcnn1.t",
+    *(
+        f"mnist/{part}-{what}"
+        for part in ("train", "t10k")
+        for what in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    ),
+    *(
+        f"cifar-10-batches-bin/{part}_batch{n}.bin"
+        for part, n in [("test", ""), *(("data", f"_{i}") for i in range(1, 6))]
+    ),
+]
 
 
 def planned(
