@@ -172,6 +172,27 @@ def test_goes_on_from_where_nothing_was_on_its_way():
     assert pairs == drawn
 
 
+def test_a_settled_passive_rank_trains_on_with_all_that_it_was_asked_for():
+    """A fast passive rank is asked by slow active ones after its last step."""
+    delays = {(rank, step): 0.03 for rank in (0, 2) for step in range(1, 11)}
+    for rank, log in enumerate(gloo_ranks(4, settling, delays)):
+        if rank % 2:
+            settled = log.state[1]["settled"].numpy()
+            np.testing.assert_array_equal(settled, log.state[1]["shared"].numpy())
+            assert not np.array_equal(settled, log.after[-1])
+
+
+def settling(rank: int, delays: Delays) -> Log:
+    class Settling(Method):
+        def state(self) -> dict[str, torch.Tensor]:
+            self.settle()
+            return {**super().state(), "settled": self.replica.weights()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.sync.adpsgd.Method", Settling)
+        return _rank(rank, 4, ("sync=adpsgd",), 10, delays, 0.001, None, 1)
+
+
 def test_partners_are_drawn_from_the_other_half():
     for ranks in (2, 3, 8, 64):
         drawn = [partners(0, step, ranks) for step in range(1, 400)]
