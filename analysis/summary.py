@@ -181,7 +181,9 @@ def _setting(runs: Sequence[Run]) -> dict[str, str]:
 def _fingerprint(config: Config, *without: str) -> str:
     """The settings that decide the result, without the seeds and the groups in `without`."""
     settings = {key: value for key, value in identity_fields(config).items() if key not in ("seed", *without)}
-    settings["data"] = {key: value for key, value in settings["data"].items() if key != "seed"}
+    for group in ("data", "imbalance"):
+        if group in settings:
+            settings[group] = {key: value for key, value in settings[group].items() if key != "seed"}
     return json.dumps(settings, sort_keys=True)
 
 

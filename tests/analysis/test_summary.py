@@ -119,8 +119,10 @@ def test_a_superseded_step_counts_once(home: Path) -> None:
     assert (found.steps, found.train_loss, found.val_loss) == (4, 3.0, 2.0)
 
 
-def test_only_seeds_vary(home: Path) -> None:
-    points = [Point({"seed": str(seed)}, short_run(2.0 + seed)) for seed in range(2)]
+@pytest.mark.parametrize("settings", [[], ["imbalance=delay", "parallel=ddp", "imbalance.seed=${seed}"]])
+def test_only_seeds_vary(settings: list[str], home: Path) -> None:
+    """Those of the data and of who is late included, where they follow the run's."""
+    points = [Point({"seed": str(seed)}, short_run(2.0 + seed), extra=settings) for seed in range(2)]
     write_sweep("s", points, common=("experiment=demo", "batch=norm_test"))
     sweep = load_sweep("s")
     (schedule,) = summarise(sweep, run_numbers(sweep.rows))
