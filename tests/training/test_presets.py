@@ -22,6 +22,6 @@ def test_every_row_trains(name: str, home: Path, small_corpus: list[str]):
         run = train_here(composed)
         assert column(run, "tokens")[-1] == composed.budget_tokens
         losses = column(run, "train/loss")
-        assert min(losses[-10:]) < losses[0], row  # of a few steps: stale gradients make single ones jump
+        assert losses[-1] < losses[0], row
         needs_statistics = composed.batch_plan().sizes is None
         assert bool(column(run, "test/statistic")) == needs_statistics, row
