@@ -190,6 +190,7 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
         ("data", "text"): ["data.files=[x.txt]"],
         ("batch", "coordinate_norm_test"): ["parallel=ddp"],
         ("batch", "composite"): ["optim=prox_sgd", "optim.clip=null"],
+        ("optim", "coda"): ["model=logistic", "model.loss=auc", "data=breast_cancer"],
         ("imbalance", "delay"): ["parallel=ddp"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
         ("batch", "critical"): ["batch.measured_tokens=[1M]", "batch.measured_sizes=[70]"],
