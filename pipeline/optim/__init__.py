@@ -86,12 +86,12 @@ def needs(config: Config) -> Needs | None:
 def check(config: Config) -> list[str]:
     """Problems of the optimizer with its settings; its name, and that of the one inside, are known."""
     optim, problems = config.optim, []
-    labelled = config.model.kind != "llama"
-    saddle = labelled and config.model.loss == "auc"
+    saddle = config.model.kind != "llama" and config.model.loss == "auc"
     if optim.weight_decay and "weight_decay" not in settings(optim):
+        penalty = "" if saddle or config.model.kind == "llama" else ", and model.l2 for a penalty"
         problems.append(
             f"optim.weight_decay={optim.weight_decay}: optim={stepping(optim)} has no weight decay. Use "
-            f"optim.weight_decay=0{', and model.l2 for a penalty' if labelled and not saddle else ''}"
+            f"optim.weight_decay=0{penalty}"
         )
     elif optim.weight_decay and saddle:
         problems.append(

@@ -74,10 +74,10 @@ def test_a_run_with_averages_gives_its_mean(
     assert not mean["embedding.weight"].equal(last["embedding.weight"])
     theirs = AutoModelForCausalLM.from_pretrained(home / "out")
     held_out = problem_of(run.config(), ranks_of(composed)).held_out
-    inputs, targets = (torch.from_numpy(read) for read in held_out.read(0, composed.eval.sequences))
+    tokens = torch.from_numpy(held_out.read(0, composed.eval.sequences)).long()
     with torch.no_grad():
-        logits = theirs(inputs.long()).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.long().flatten())
+        logits = theirs(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
     averaged = next(row["val/loss_averaged"] for row in run.rows() if "val/loss_averaged" in row)
     assert averaged == pytest.approx(loss.item(), rel=1e-5)
 
