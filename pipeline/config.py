@@ -715,7 +715,7 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
     if model.l2 and model.loss == "auc":
         problems.append(
             f"model.l2={model.l2}: would also pull the saddle point's own parameters of model.loss=auc. Use "
-            f"model.l2=0 and optim.weight_decay"
+            f"model.l2=0"
         )
     if any(width <= 0 for width in model.widths):
         problems.append(f"model.widths={model.widths}: each must be above 0")

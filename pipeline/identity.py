@@ -37,7 +37,7 @@ def identity_fields(config: Config) -> dict[str, Any]:
     Settings of the batch group that its schedule does not read are left out too, so that
     `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two; likewise those of the sync
     group, of the imbalance group and of the optim group, but for the first optimizers, whose ids have always
-    named all settings that there were.
+    named all settings that there were; and all of the lr group where the optimizer finds its own rate.
     """
     tree: dict[str, Any] = to_tree(config)
     for key in _EXCLUDED:
@@ -58,6 +58,8 @@ def identity_fields(config: Config) -> dict[str, Any]:
     if config.optim.name in _FIRST_OPTIMIZERS:
         read |= _FIRST_OPTIMIZER_SETTINGS
     tree["optim"] = {key: value for key, value in tree["optim"].items() if key in read}
+    if optimizers.own_rate(config.optim):
+        del tree["lr"]
     if config.data.distribution == "shared":
         del tree["data"]["distribution"]
     if isinstance(config.model, LlamaConfig):

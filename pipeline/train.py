@@ -472,8 +472,20 @@ class Trainer:
         progress.averaged = average.observe(before, self.tokens, progress.averaged)
         if progress.averaged and average.restarts(before, self.tokens):
             average.go_on_from_mean()
-            self.optimizer.load_state_dict(optim.build(self.model, self.config.optim).state_dict())
+            self._forget()
             progress.averaged = 0
+
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """Sets the optimizer's state to that of a new one. What that makes in its first step begins as 0; it
+        is kept, since a checkpoint is read into a state that has it."""
+        new = optim.build(self.model, self.config.optim).state
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if name in new[parameter]:
+                    value.copy_(new[parameter][name])
+                else:
+                    value.zero_()
 
     def _clip(self, squared_norm: float) -> float:
         """‖g‖² of `.grad` after clipping."""
