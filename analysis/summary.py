@@ -45,8 +45,8 @@ class RunNumbers:
     losses: float | None = None  # without a gradient, those of a line search: over samples to train on
 
 
-# Of those fields that not all sweeps have: the column, and how a reader calls it.
-MORE = {
+# Of those fields that not all sweeps have: the column, if it is one, and how a reader calls it.
+MORE: dict[str, tuple[str | None, str]] = {
     "val_accuracy": ("val/accuracy", "validation accuracy"),
     "val_auc": ("val/auc", "validation AUC"),
     "gap": ("exact/gap", "optimality gap"),
@@ -55,7 +55,7 @@ MORE = {
     "val_accuracy_averaged": ("val/accuracy_averaged", "validation accuracy, mean iterate"),
     "val_auc_averaged": ("val/auc_averaged", "validation AUC, mean iterate"),
     "gradients": ("epochs", "full gradient evaluations"),
-    "losses": ("losses", "full loss evaluations"),
+    "losses": (None, "full loss evaluations"),
 }
 
 
@@ -121,7 +121,7 @@ def _numbers(rows: pl.DataFrame) -> RunNumbers:
         seconds=seconds,
         tokens_per_second=tokens / seconds if tokens and seconds else None,
         losses=_full_losses(rows),
-        **{name: _last(evaluations[column]) for name, (column, _) in MORE.items() if name != "losses"},
+        **{name: _last(evaluations[column]) for name, (column, _) in MORE.items() if column},
     )
 
 
