@@ -208,6 +208,7 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
         ("data", "text"): ["data.files=[x.txt]"],
         ("batch", "coordinate_norm_test"): ["parallel=ddp"],
         ("batch", "composite"): ["optim=prox_sgd", "optim.clip=null"],
+        ("optim", "coda"): ["model=logistic", "model.loss=auc", "data=breast_cancer"],
         ("imbalance", "delay"): ["parallel=ddp"],
         ("optim", "coda"): ["model=logistic", "model.loss=auc", "data=breast_cancer"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
