@@ -210,7 +210,6 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
         ("batch", "composite"): ["optim=prox_sgd", "optim.clip=null"],
         ("optim", "coda"): ["model=logistic", "model.loss=auc", "data=breast_cancer"],
         ("imbalance", "delay"): ["parallel=ddp"],
-        ("optim", "coda"): ["model=logistic", "model.loss=auc", "data=breast_cancer"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
         ("batch", "critical"): ["batch.measured_tokens=[1M]", "batch.measured_sizes=[70]"],
         **{("model", kind): ["data=digits"] for kind in get_args(hints_of(ClassifierConfig)["kind"])},
