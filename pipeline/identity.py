@@ -27,7 +27,7 @@ _FIRST_OPTIMIZER_SETTINGS = {"name", "lr", "weight_decay", "betas", "momentum", 
 
 # To these schedules batch.estimator says nothing unless it is `sample`.
 _NO_OTHER_ESTIMATOR = ("inner_product", "coordinate_norm_test")
-_NOT_OF_ALL_SOURCES = {"field", "samples", "features", "standardise", "validation_fraction"}
+NOT_OF_ALL_SOURCES = {"field", "samples", "features", "standardise", "validation_fraction"}
 
 
 def identity_fields(config: Config) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def identity_fields(config: Config) -> dict[str, Any]:
         del tree["data"]["distribution"]
     if isinstance(config.model, LlamaConfig):
         del tree["model"]["kind"]  # which the first runs had no name for
-    unread = _NOT_OF_ALL_SOURCES - settings_read(config.data)
+    unread = NOT_OF_ALL_SOURCES - settings_read(config.data)
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in unread}
     tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
     if not config.imbalance.read:
