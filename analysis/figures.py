@@ -63,6 +63,7 @@ _CURVES = {
     "grad_norm": _Curves(curves.positive("exact/grad_norm"), align.interpolate, exact=True),
     "accuracy": _Curves(curves.recorded("val/accuracy"), align.interpolate, exact=True),
     "validation": _Curves(curves.recorded("val/loss"), align.interpolate, exact=True),
+    "averaged": _Curves(curves.recorded("val/loss_averaged"), align.interpolate, exact=True),
     "training": _Curves(curves.recorded("train/loss"), curves.smooth),
     "batch": _Curves(curves.batch_size, align.hold),
     "noise": _Curves(curves.noise_scale, align.interpolate),
@@ -95,8 +96,8 @@ def build(
 
     drawing = Drawing(datasets, schedules, panels.axes(ends, unit_of(schedules)))
     makers = (
-        *(_tradeoff, _gap, _gradient, _validation, _accuracy, _training, _batch, _noise, _throughput),
-        _projected,
+        *(_tradeoff, _gap, _gradient, _validation, _averaged, _accuracy, _training, _batch, _noise),
+        *(_throughput, _projected),
     )
     figures = [figure for make in makers if (figure := make(drawing))]
     used = {name for figure in figures for panel in figure.panels for name in panel.names}
@@ -193,6 +194,32 @@ def _validation(drawing: Drawing) -> Figure | None:
         f"{drawing.lines}{points}. Logarithmic; early evaluations may lie above the frame.",
         f"Validation loss. {_ends(drawing.schedules)}",
         drawing.curves("validation", quantity),
+        drawing.compared,
+    )
+
+
+def _averaged(drawing: Drawing) -> Figure | None:
+    if not drawing.values("averaged"):
+        return None
+    quantity = panels.loss(
+        "validation loss, mean iterate",
+        drawing.data["averaged_runs"],
+        drawing.data["averaged_means"],
+        share=0.0,
+        measured=True,
+    )
+    ends = "; ".join(
+        f"{s.label} {text.fixed(mean)}, its last weights {text.fixed(s.mean('val_loss'))}"
+        for s in drawing.schedules
+        if (mean := s.mean("val_loss_averaged")) is not None
+    )
+    return Figure(
+        "validation_loss_averaged",
+        "Validation loss of the mean iterate",
+        f"Of the mean of weights that optim=swa keeps. At the end: {ends}. {drawing.lines}, with a point for "
+        "each evaluation. Logarithmic.",
+        f"Validation loss of the mean iterate at the end. {ends}",
+        drawing.curves("averaged", quantity),
         drawing.compared,
     )
 

@@ -32,6 +32,11 @@ COLUMNS = (
     "val/auc",
     "exact/gap",
     "exact/grad_norm",
+    "val/loss_averaged",
+    "val/accuracy_averaged",
+    "val/auc_averaged",
+    "gradient_evaluations",
+    "loss_evaluations",
 )
 
 ROWS = {column: pl.Float64 for column in COLUMNS}

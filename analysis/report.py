@@ -117,6 +117,16 @@ class Report:
                 f"{BOOTSTRAP_SEEDS} seeds on; of fewer, such an interval misses far too often (of 2 every "
                 f"other time)."
             )
+        if "val_loss_averaged" in self.more:
+            found.append(
+                "Mean iterate: the mean of weights that optim=swa keeps, evaluated beside the last ones, "
+                "which are what everything else is about."
+            )
+        if "losses" in self.more:
+            found.append(
+                "Full loss evaluations: those of a line search, a forward pass each. Full gradient "
+                "evaluations do not include them; the training time does."
+            )
         return found
 
     def equal_of(self, comparison: Comparison, axis: Axis) -> Equal:
@@ -147,6 +157,7 @@ class Report:
             name: title
             for name, (_, title) in MORE.items()
             if any(getattr(numbers, name) is not None for numbers in found)
+            if name != "gradients" or EPOCHS in self.axes
         }
 
     @property

@@ -44,7 +44,10 @@ EXAMPLE = """\
     time: _runtime                              # without it: wandb's clock, in seconds
 """
 
-COUNTERS = ("step", "tokens", "time", "sequences", "epochs")
+COUNTERS = (
+    *("step", "tokens", "time", "sequences", "epochs"),
+    *("gradient_evaluations", "loss_evaluations"),
+)
 MEASURED = tuple(column for column in COLUMNS if column not in COUNTERS)
 _PART = {"part": pl.Int32, **ROWS}
 LOSSES = ("train/loss", "val/loss")

@@ -38,14 +38,24 @@ class RunNumbers:
     val_auc: float | None = None
     gap: float | None = None  # of the objective, above its least value
     grad_norm: float | None = None  # of the gradient over all samples to train on
+    val_loss_averaged: float | None = None  # of the mean of iterates, where the run keeps one
+    val_accuracy_averaged: float | None = None
+    val_auc_averaged: float | None = None
+    gradients: float | None = None  # evaluated in all: those of samples over samples to train on
+    losses: float | None = None  # without a gradient, those of a line search: over samples to train on
 
 
-# Of those fields that not all sweeps have: the column, and how a reader calls it.
-MORE = {
+# Of those fields that not all sweeps have: the column, if it is one, and how a reader calls it.
+MORE: dict[str, tuple[str | None, str]] = {
     "val_accuracy": ("val/accuracy", "validation accuracy"),
     "val_auc": ("val/auc", "validation AUC"),
     "gap": ("exact/gap", "optimality gap"),
     "grad_norm": ("exact/grad_norm", "exact gradient norm"),
+    "val_loss_averaged": ("val/loss_averaged", "validation loss, mean iterate"),
+    "val_accuracy_averaged": ("val/accuracy_averaged", "validation accuracy, mean iterate"),
+    "val_auc_averaged": ("val/auc_averaged", "validation AUC, mean iterate"),
+    "gradients": ("epochs", "full gradient evaluations"),
+    "losses": (None, "full loss evaluations"),
 }
 
 
@@ -110,8 +120,18 @@ def _numbers(rows: pl.DataFrame) -> RunNumbers:
         val_loss=_last(evaluations["val/loss"]),
         seconds=seconds,
         tokens_per_second=tokens / seconds if tokens and seconds else None,
-        **{name: _last(evaluations[column]) for name, (column, _) in MORE.items()},
+        losses=_full_losses(rows),
+        **{name: _last(evaluations[column]) for name, (column, _) in MORE.items() if column},
     )
+
+
+def _full_losses(rows: pl.DataFrame) -> float | None:
+    """In the unit of `epochs`, which are gradients over samples to train on."""
+    counted = rows.select("loss_evaluations", "epochs", "gradient_evaluations").drop_nulls()
+    if counted.is_empty():
+        return None
+    losses, epochs, gradients = counted.row(-1)
+    return float(losses * epochs / gradients)
 
 
 def _last(values: pl.Series) -> float | None:

@@ -49,7 +49,11 @@ def speedup(found: Interval | None) -> str:
 
 def measure(name: str, value: float | None) -> str:
     """Of a field of analysis.summary.MORE."""
-    return text.percent(value) if name in ("val_accuracy", "val_auc") else text.small(value)
+    if name.startswith(("val_accuracy", "val_auc")):
+        return text.percent(value)
+    if name == "val_loss_averaged":
+        return text.fixed(value)
+    return text.compact(value, 3) if name in ("gradients", "losses") else text.small(value)
 
 
 # --- schedules and runs ----------------------------------------------------------------------------------

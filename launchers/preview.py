@@ -21,6 +21,7 @@ from launchers.table import (
     DASH,
     Column,
     axis_columns,
+    common_unit,
     count,
     duration,
     make_console,
@@ -238,14 +239,16 @@ def _estimate(points: Sequence[Point], rates: Rates) -> list[str]:
     if not configs:
         return []
     seconds = [s for config in configs if (s := rates.seconds(config)) is not None]
-    tokens = count(sum(config.trained_tokens for config in configs))
+    unit = common_unit(config.unit for config in configs)
+    trained = f"{count(sum(config.trained_tokens for config in configs))} {unit}"
     if not seconds:
-        return [f"{tokens} tokens to train; no finished run here to estimate the time from."]
+        return [f"{trained} to train; no finished run here to estimate the time from."]
     at_a_time = min(configs[0].launch.max_parallel or 1, len(configs))
+    alike = "data" if unit == "samples" else "sequence length"
     known = "" if len(seconds) == len(configs) else f" for {len(seconds)} of {len(configs)} runs"
     return [
-        f"{tokens} tokens to train, about {duration(sum(seconds) / at_a_time)}{known}, {at_a_time} at a time "
-        f"(from the median tokens/s of finished runs with the same model, mesh and sequence length)."
+        f"{trained} to train, about {duration(sum(seconds) / at_a_time)}{known}, {at_a_time} at a time "
+        f"(from the median {unit}/s of finished runs with the same model, mesh and {alike})."
     ]
 
 

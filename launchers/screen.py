@@ -21,6 +21,7 @@ from launchers.plan import Plan, Point, again, compare
 from launchers.table import (
     Column,
     axis_columns,
+    common_unit,
     count,
     duration,
     name_points,
@@ -146,6 +147,11 @@ class View:
                     self._taken_over[run] = tokens_at_begin(point, attempt)
 
     @property
+    def unit(self) -> str:
+        """What the runs count, in words."""
+        return common_unit(point.config.unit for point in self.plan.valid if point.config)
+
+    @property
     def elapsed(self) -> float:
         return time.monotonic() - self._begun
 
@@ -164,9 +170,9 @@ class View:
             for run, p in self.progress.items()
             if self.states[run] in ("waiting", "running")
         )
-        parts = [f"{tokens / budget:.0%} of {count(budget)} tokens"]
+        parts = [f"{tokens / budget:.0%} of {count(budget)} {self.unit}"]
         if trained > 0:
-            parts.append(f"{count(rate)} tokens/s")
+            parts.append(f"{count(rate)} {self.unit}/s")
         parts.append(f"{duration(self.elapsed)} so far")
         if "running" in self.states.values() and trained > _ENOUGH_FOR_AN_ESTIMATE * ahead:
             parts.append(f"{duration(ahead / rate)} left")
@@ -175,16 +181,17 @@ class View:
     def rows(self, points: Sequence[Point]) -> list[Column]:
         runs = [point.run or "" for point in points]
         progress = [self.progress[run] for run in runs]
+        tokens, sequences = ("tok", "seq") if self.unit == "tokens" else ("samples", "samples")
         return [
             Column("run", runs, "left"),
             *axis_columns(self.plan.axes, [point.axes for point in points]),
             Column("state", [self.states[run] for run in runs], "left"),
             Column("step", [str(p.step) if p.step else "" for p in progress], optional=3),
-            Column("tokens", [f"{count(p.tokens)}/{count(p.budget)}" for p in progress], optional=5),
+            Column(self.unit, [f"{count(p.tokens)}/{count(p.budget)}" for p in progress], optional=5),
             Column("%", [f"{p.tokens / p.budget:.0%}" for p in progress]),
             Column("loss", [_or_blank("{:.3f}".format, p.loss) for p in progress]),
-            Column("seq/step", [_or_blank(str, p.batch) for p in progress], optional=2),
-            Column("tok/s", [_or_blank(count, p.tokens_per_s) for p in progress], optional=1),
+            Column(f"{sequences}/step", [_or_blank(str, p.batch) for p in progress], optional=2),
+            Column(f"{tokens}/s", [_or_blank(count, p.tokens_per_s) for p in progress], optional=1),
             Column("time", [_or_blank(duration, p.seconds) for p in progress], optional=4),
         ]
 
@@ -240,7 +247,7 @@ class LineView(View):
         if state == "running":
             return f"{line}: started"
         if state == "done":
-            line += f": done, {count(progress.tokens)} tokens"
+            line += f": done, {count(progress.tokens)} {self.unit}"
             return line + _or_blank(", loss {:.3f}".format, progress.loss)
         return f"{line}: {'is being run by another process' if state == 'elsewhere' else state}"
 

@@ -88,6 +88,7 @@ class Standing:
     job: str | None = None
     host: str | None = None
     note: str = ""
+    unit: str = "tokens"  # what it counts, in words
 
     @property
     def directory(self) -> RunDirectory:
@@ -159,6 +160,7 @@ def _standing(
         job=status.job,
         host=job.nodes if job and job.nodes else status.host,
         note=note,
+        unit=status.unit,
     )
 
 

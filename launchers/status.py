@@ -23,6 +23,7 @@ from launchers.table import (
     GAP,
     Column,
     axis_columns,
+    common_unit,
     count,
     duration,
     say,
@@ -69,7 +70,7 @@ def ls(console: Console, as_json: bool) -> int:
         ),
         Column("launcher", [target.launcher for _, target in sweeps], "left", optional=1),
         Column("runs", [str(len(each)) for each in found]),
-        Column("tokens", [_share(each) for each in found]),
+        Column("trained", [_share(each) for each in found]),
         Column("states", [tally((s.state for s in each), {}) for each in found], "left"),
     ]
     console.print(table(columns, screen_width(console)), soft_wrap=True)
@@ -191,15 +192,16 @@ def _screen(
 
 
 def _table(console: Console, target: Target, found: Sequence[Standing]) -> Text:
+    unit = _unit(found)
     columns = [
         Column("run", [standing.run for standing in found], "left"),
         *axis_columns(target.axes, [standing.axes for standing in found]),
         Column("state", [standing.state for standing in found], "left"),
-        Column("tokens", [_percent(standing) for standing in found]),
+        Column(unit, [_percent(standing) for standing in found]),
         Column("step", [str(s.step) if s.attempt else "" for s in found]),
         Column("loss", [_or_blank("{:.3f}", s.loss) for s in found]),
         Column("batch", [_or_blank("{}", s.batch) for s in found], optional=4),
-        Column("tokens/s", [count(s.tokens_per_s) if s.tokens_per_s else "" for s in found], optional=2),
+        Column(f"{unit}/s", [count(s.tokens_per_s) if s.tokens_per_s else "" for s in found], optional=2),
         Column("attempt", [str(s.attempt) if s.attempt else "" for s in found], optional=3),
         Column("last word", [_age(standing) for standing in found], optional=5),
         Column("job", [s.job or "" for s in found], "left", optional=6),
@@ -237,8 +239,8 @@ def _summary(found: Sequence[Standing]) -> str:
     budget = sum(standing.budget for standing in found)
     rate = sum(standing.tokens_per_s or 0 for standing in found)
     words = [tally((standing.state for standing in found), {})]
-    words += [f"{_share(found)} of {count(budget)} tokens"] if budget else []
-    words += [f"{count(rate)} tokens/s"] if rate else []
+    words += [f"{_share(found)} of {count(budget)} {_unit(found)}"] if budget else []
+    words += [f"{count(rate)} {_unit(found)}/s"] if rate else []
     return ", ".join(words)
 
 
@@ -247,6 +249,10 @@ def _counts(found: Sequence[Standing]) -> dict[str, int]:
     for standing in found:
         counts[standing.state] = counts.get(standing.state, 0) + 1
     return counts
+
+
+def _unit(found: Sequence[Standing]) -> str:
+    return common_unit(standing.unit for standing in found)
 
 
 def _share(found: Sequence[Standing]) -> str:

@@ -8,9 +8,10 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+import pipeline.optim as optimizers
 from pipeline.batch import schedule_class
-from pipeline.config import Config, typed
-from pipeline.identity import complete
+from pipeline.config import BatchConfig, Config, OptimConfig, hints_of, typed
+from pipeline.identity import NOT_OF_ALL_SOURCES, complete, settings_read
 from pipeline.overrides import CONF, group_names, options_of, run_command
 from pipeline.store import RunDirectory
 
@@ -80,13 +81,21 @@ Every setting and its default (batch.eta=0.3):
 
 
 def _warn_of_unread_settings(configs: list[Config], arguments: list[str]) -> None:
-    """In a sweep some schedules read a setting and others do not; in a single run it was meant to be read."""
+    """In a sweep some options of a group read a setting and others do not; in a single run it was meant to be
+    read."""
     for config in configs:
-        read = schedule_class(config.batch.schedule).settings | {"schedule"}
+        batch, optim = config.batch.schedule, config.optim.name
+        of_batch = set(hints_of(BatchConfig)) - schedule_class(batch).settings - {"schedule"}
+        unread = {
+            "batch": (f"batch.schedule={batch}", of_batch),
+            "optim": (f"optim={optim}", set(hints_of(OptimConfig)) - optimizers.settings(config.optim)),
+            "data": (f"data={config.data.source}", NOT_OF_ALL_SOURCES - settings_read(config.data)),
+        }
         for argument in arguments:
             group, _, name = argument.lstrip("+").partition("=")[0].partition(".")
-            if group == "batch" and name and name not in read:
-                print(f"batch.{name}: not read by batch.schedule={config.batch.schedule}", file=sys.stderr)
+            option, settings = unread.get(group, ("", set()))
+            if name in settings:
+                print(f"{group}.{name}: not read by {option}", file=sys.stderr)
 
 
 def _run(config: Config) -> int:

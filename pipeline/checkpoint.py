@@ -407,6 +407,16 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
 
 def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
     """The newest whole checkpoint's parameters by name, without a model or other ranks."""
+    return _load_tensors(_newest_whole(run), "model.")
+
+
+def load_average(run: RunDirectory) -> dict[str, torch.Tensor] | None:
+    """The same of the mean of iterates beside them, of optim=swa; None where that has none yet."""
+    path = _newest_whole(run)
+    return _load_tensors(path, "captured.average.") if read_progress(path).get("averaged") else None
+
+
+def _newest_whole(run: RunDirectory) -> Path:
     for path in reversed(run.complete_checkpoints()):
         try:
             if found := damage(path):
@@ -414,11 +424,7 @@ def load_weights(run: RunDirectory) -> dict[str, torch.Tensor]:
                 continue
         except OSError as error:
             raise ConfigError(_unreadable(path, error)) from error
-        weights = {
-            name: torch.empty(size, dtype=dtype) for name, (size, dtype) in _saved_parameters(path).items()
-        }
-        dcp.load({"model": weights}, checkpoint_id=path, no_dist=True)
-        return weights
+        return path
     raise ConfigError(f"{run.checkpoints}: holds no whole checkpoint, so there are no weights to read")
 
 
@@ -468,13 +474,16 @@ def _is_corrupt(path: Path, offset: int, length: int) -> bool:
         return True
 
 
-def _saved_parameters(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+def _load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Those whose names in the checkpoint begin so, by the rest of their names."""
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {
-        name.removeprefix("model."): (entry.size, entry.properties.dtype)
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith("model.")
+        if name.startswith(prefix)
     }
+    dcp.load(found, checkpoint_id=path, no_dist=True)
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
 def _check_same_settings(path: Path, here: dict[str, Any]) -> None:

@@ -333,6 +333,11 @@ class Config:
     sweep: SweepConfig
 
     @property
+    def unit(self) -> str:
+        """What budgets count, in words: a labelled sample counts as one token."""
+        return "tokens" if isinstance(self.model, LlamaConfig) else "samples"
+
+    @property
     def planned_sequences(self) -> int:
         """What schedules of the batch and of the rate are stretched over, wherever the run stops."""
         return self.budget.tokens // self.data.sequence_length
@@ -491,6 +496,11 @@ def did_you_mean(word: str, candidates: Sequence[str]) -> str:
 def unknown_key(key: str) -> str:
     if key.partition(".")[0] == "experiment":
         return "experiment: its file in conf/experiment/ must begin with the line `# @package _global_`"
+    group, _, name = key.partition(".")
+    for form in forms_of(hints_of(Config).get(group)):
+        if name in hints_of(form):  # not of the one that was chosen
+            kinds = "|".join(get_args(hints_of(form)["kind"]))
+            return f"{key}: only a {group} of {group}.kind={kinds} has it"
     return f"{key}: no such setting." + did_you_mean(key, known_keys())
 
 
@@ -715,7 +725,7 @@ def _check_classifier(model: ClassifierConfig, parallel: ParallelConfig) -> list
     if model.l2 and model.loss == "auc":
         problems.append(
             f"model.l2={model.l2}: would also pull the saddle point's own parameters of model.loss=auc. Use "
-            f"model.l2=0 and optim.weight_decay"
+            f"model.l2=0"
         )
     if any(width <= 0 for width in model.widths):
         problems.append(f"model.widths={model.widths}: each must be above 0")

@@ -2,8 +2,9 @@
 
     python -m pipeline.export RUN DIR
 
-RUN is a run's id, a unique beginning of it, or its path. The parameters are renamed and nothing else: the
-rotary pairs are transformers' own. Exit codes: 0 written, 2 the request is wrong.
+RUN is a run's id, a unique beginning of it, or its path. Of a run with optim=swa it is the mean of iterates
+that is written. The parameters are renamed and nothing else: the rotary pairs are transformers' own. Exit
+codes: 0 written, 2 the request is wrong.
 """
 
 from __future__ import annotations
@@ -71,7 +72,14 @@ def export(run: RunDirectory, directory: Path) -> None:
             f"language models are exported. Its weights: pipeline.checkpoint.load_weights(run)"
         )
     _check(run, directory)
-    tensors = transformers_weights(config, checkpoint.load_weights(run))
+    weights = checkpoint.load_average(run) if config.optim.name == "swa" else checkpoint.load_weights(run)
+    if weights is None:
+        raise ConfigError(
+            f"run {run.id} is of optim=swa and ended without a mean of iterates, because none came after it "
+            f"went on from the last (optim.average_restart_tokens={config.optim.average_restart_tokens}). "
+            f"Its last iterate: pipeline.checkpoint.load_weights(run)"
+        )
+    tensors = transformers_weights(config, weights)
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
     target = directory.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)

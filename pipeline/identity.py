@@ -27,7 +27,7 @@ _FIRST_OPTIMIZER_SETTINGS = {"name", "lr", "weight_decay", "betas", "momentum", 
 
 # To these schedules batch.estimator says nothing unless it is `sample`.
 _NO_OTHER_ESTIMATOR = ("inner_product", "coordinate_norm_test")
-_NOT_OF_ALL_SOURCES = {"field", "samples", "features", "standardise", "validation_fraction"}
+NOT_OF_ALL_SOURCES = {"field", "samples", "features", "standardise", "validation_fraction"}
 
 
 def identity_fields(config: Config) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def identity_fields(config: Config) -> dict[str, Any]:
     Settings of the batch group that its schedule does not read are left out too, so that
     `batch=constant,norm_test batch.eta=0.2,0.3` holds one constant run, not two; likewise those of the sync
     group, of the imbalance group and of the optim group, but for the first optimizers, whose ids have always
-    named all settings that there were.
+    named all settings that there were; and all of the lr group where the optimizer finds its own rate.
     """
     tree: dict[str, Any] = to_tree(config)
     for key in _EXCLUDED:
@@ -58,11 +58,13 @@ def identity_fields(config: Config) -> dict[str, Any]:
     if config.optim.name in _FIRST_OPTIMIZERS:
         read |= _FIRST_OPTIMIZER_SETTINGS
     tree["optim"] = {key: value for key, value in tree["optim"].items() if key in read}
+    if optimizers.own_rate(config.optim):
+        del tree["lr"]
     if config.data.distribution == "shared":
         del tree["data"]["distribution"]
     if isinstance(config.model, LlamaConfig):
         del tree["model"]["kind"]  # which the first runs had no name for
-    unread = _NOT_OF_ALL_SOURCES - settings_read(config.data)
+    unread = NOT_OF_ALL_SOURCES - settings_read(config.data)
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in unread}
     tree["imbalance"] = {key: tree["imbalance"][key] for key in config.imbalance.read}
     if not config.imbalance.read:

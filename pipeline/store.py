@@ -136,6 +136,7 @@ class Status:
     step: int = 0
     tokens_seen: int = 0
     budget_tokens: int = 0
+    unit: str = "tokens"  # what the two count, in words
     started: float | None = None
     updated: float | None = None
     host: str | None = None
@@ -198,7 +199,7 @@ class RunDirectory:
                     text = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
                     write_atomically(self.config_file, text)
                 if status is None:
-                    self.write_status(Status("PENDING", budget_tokens=config.budget_tokens))
+                    self.write_status(Status("PENDING", budget_tokens=config.budget_tokens, unit=config.unit))
         except AlreadyRunning:
             return
 

@@ -472,8 +472,20 @@ class Trainer:
         progress.averaged = average.observe(before, self.tokens, progress.averaged)
         if progress.averaged and average.restarts(before, self.tokens):
             average.go_on_from_mean()
-            self.optimizer.load_state_dict(optim.build(self.model, self.config.optim).state_dict())
+            self._forget()
             progress.averaged = 0
+
+    @torch.no_grad()
+    def _forget(self) -> None:
+        """Sets the optimizer's state to that of a new one. What that makes in its first step begins as 0; it
+        is kept, since a checkpoint is read into a state that has it."""
+        new = optim.build(self.model, self.config.optim).state
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                if name in new[parameter]:
+                    value.copy_(new[parameter][name])
+                else:
+                    value.zero_()
 
     def _clip(self, squared_norm: float) -> float:
         """‖g‖² of `.grad` after clipping."""
@@ -572,7 +584,8 @@ class Trainer:
             raise TrainingFailed(f"step {self.progress.step}: the parameters are not finite; not saved")
         self.checkpoints.save(self.progress, wait=self.finished or self.stop_agreed)
         if self.stop_agreed and not self.finished and self.ranks.is_main:
-            report(f"stopped at step {self.progress.step}, {self.tokens} tokens, with a checkpoint")
+            seen = f"{self.tokens} {self.config.unit}"
+            report(f"stopped at step {self.progress.step}, {seen}, with a checkpoint")
         self.resumed_at, self.saved_at = time.perf_counter(), time.monotonic()
 
     def publish(self) -> None:
@@ -585,7 +598,7 @@ class Trainer:
         if saved := self.checkpoints.restore():
             self.progress = saved
             if self.ranks.is_main:
-                report(f"resumed at step {self.progress.step}, {self.tokens} tokens")
+                report(f"resumed at step {self.progress.step}, {self.tokens} {self.config.unit}")
         elif self.config.branch.run:
             self._branch(RunDirectory.find(self.config.branch.run))
         self.sync.start(self.progress.step)
@@ -606,7 +619,7 @@ class Trainer:
         decided = self.schedule.decide(self.progress.schedule, here, None)
         self.progress.schedule, self.progress.next_batch = decided
         if self.ranks.is_main:
-            report(f"branched off {parent.id} at step {saved.step}, {self.tokens} tokens")
+            report(f"branched off {parent.id} at step {saved.step}, {self.tokens} {self.config.unit}")
 
     def _clock(self) -> Row:
         progress = self.progress

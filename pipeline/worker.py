@@ -126,6 +126,7 @@ def begin(config: Config, run: RunDirectory, job: str | None = None) -> int:
         tokens_seen=0,
         started=time.time(),
         budget_tokens=config.budget_tokens,
+        unit=config.unit,
         host=socket.gethostname(),
         job=job,
         mesh=mesh_of(config),
@@ -214,7 +215,7 @@ def _conclusion(run: RunDirectory) -> str:
     )
     config = run.config()
     lines = [
-        f"{trained['step']} steps, {trained['tokens']:,} {_counted(config)} in {trained['time']:.0f} s of "
+        f"{trained['step']} steps, {trained['tokens']:,} {config.unit} in {trained['time']:.0f} s of "
         f"training, validation loss {evaluated['val/loss']:.4f}",
         f"record: {run.metrics_file}",
     ]
@@ -223,11 +224,6 @@ def _conclusion(run: RunDirectory) -> str:
     if isinstance(config.model, LlamaConfig):
         lines.append(f"export for transformers: {python()} -m pipeline.export {run.id} DIRECTORY")
     return "\n".join(lines)
-
-
-def _counted(config: Config) -> str:
-    """What a budget counts, for whoever watches."""
-    return "tokens" if isinstance(config.model, LlamaConfig) else "samples"
 
 
 def _again(run: RunDirectory, changes: Sequence[str]) -> str:
@@ -336,7 +332,7 @@ def progress_reports(run: RunDirectory) -> Iterator[None]:
 
 def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
     """A line every few seconds for whoever watches; its rate is that since the line before."""
-    tokens, seconds, counted = 0, 0.0, _counted(run.config())
+    tokens, seconds, unit = 0, 0.0, run.config().unit
     while not finished.wait(PROGRESS_INTERVAL_S):
         status, row = run.status(), run.last_row()
         if not status or not row or row["attempt"] != status.attempt or row["time"] == seconds:
@@ -345,8 +341,8 @@ def _report_progress(run: RunDirectory, finished: threading.Event) -> None:
         tokens, seconds = row["tokens"], row["time"]
         report(
             f"step {row['step']}  {tokens / max(1, status.budget_tokens):4.0%} of "
-            f"{status.budget_tokens:,} {counted}  loss {row['train/loss']:.4f}  "
-            f"batch {row['batch/size']}  {rate:,.0f} {counted}/s"
+            f"{status.budget_tokens:,} {unit}  loss {row['train/loss']:.4f}  "
+            f"batch {row['batch/size']}  {rate:,.0f} {unit}/s"
         )
 
 

@@ -55,6 +55,7 @@ REJECTED = {
     "+batch.etaa=1": "batch.etaa: no such setting. Did you mean batch.eta?",
     "++foo=1": "foo: no such setting.",
     "~batch.etaa": "batch.etaa: no such setting. Did you mean batch.eta?",
+    "model.l2=1": "model.l2: only a model of model.kind=logistic|mlp|cnn|resnet18 has it",
     "modell=tiny": "modell: no such setting. Did you mean model?",
     "model=tinny": "model=tinny: no such option of model. Did you mean tiny? Options: 10m, 60m,",
     "batch=Norm_test": "batch=Norm_test: no such option of batch. Did you mean norm_test? Options: composite,",
@@ -142,6 +143,23 @@ def test_a_single_run_is_frozen_and_handed_to_the_worker(
     assert run.config().batch.schedule == "norm_test" and run.path.parent == elsewhere / "runs"
 
 
+def test_settings_that_nothing_reads_are_named(
+    started: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = ("model=logistic", "data=digits", "lr.warmup_tokens=0")
+    assert (
+        call(monkeypatch, *labelled, "optim=adam", "optim.l1=0.1", "data.samples=100", "batch.eta=0.1") == 7
+    )
+    assert capsys.readouterr().err.splitlines() == [
+        "optim.l1: not read by optim=adam",
+        "data.samples: not read by data=digits",
+        "batch.eta: not read by batch.schedule=constant",
+    ]
+    read = ("optim=prox_sgd", "optim.l1=0.1", "optim.clip=2", "data.standardise=true", "data.seed=3")
+    assert call(monkeypatch, *labelled, *read) == 7
+    assert capsys.readouterr().err == ""
+
+
 def test_the_frozen_config_names_its_data(started: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     call(monkeypatch, "seed=0")
     fingerprint = RunDirectory(started[0]).config().data.fingerprint
@@ -190,6 +208,7 @@ def test_every_option_of_every_group_works_with_the_defaults(group: str, option:
         ("data", "text"): ["data.files=[x.txt]"],
         ("batch", "coordinate_norm_test"): ["parallel=ddp"],
         ("batch", "composite"): ["optim=prox_sgd", "optim.clip=null"],
+        ("optim", "coda"): ["model=logistic", "model.loss=auc", "data=breast_cancer"],
         ("imbalance", "delay"): ["parallel=ddp"],
         ("batch", "seesaw"): ["lr.cut_factor=1.1", "lr.batch_scaling=sqrt"],
         ("batch", "critical"): ["batch.measured_tokens=[1M]", "batch.measured_sizes=[70]"],

@@ -20,6 +20,8 @@ from tests.support import ROOT, compose_tree, config
         (["batch.size=8.5"], "batch.size=8.5: a whole number is needed, not a number"),
         (["model.tied=1"], "model.tied=1: true or false is needed, not a whole number"),
         (["data.files=a.txt"], "data.files=a.txt: a list of texts is needed, such as [a, b]"),
+        (["+model.l2=0.1"], "model.l2: only a model of model.kind=logistic|mlp|cnn|resnet18 has it"),
+        (["model=logistic", "data=digits", "+model.heads=2"], "model.heads: only a model of model.kind=llama has it"),
         (["optim.lr=inf"], "optim.lr=inf: a finite number is needed"),
         (["budget.tokens=2Q"], "budget.tokens=2Q: a count of tokens is needed, such as 300000, 300k, 2M or 1.5B"),
         (["parallel.precision=bf16"], "one of float32, bfloat16. Did you mean bfloat16?"),

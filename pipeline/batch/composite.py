@@ -30,10 +30,12 @@ class Schedule(Adaptive):
     inner_product   V = dᵀΣd/‖d‖², that is T = α² Var⟨g_i, d⟩/(θ² ‖d‖⁴): the standard deviation of
                     ⟨g − ∇F, d⟩ is at most θ‖d‖²/α.
 
-    The paper's own text was not at hand. Its norm condition is quoted from memory as above; its other one, as
-    quoted, bounds E⟨∇F − g, d⟩ by θ/α ‖E d‖². Built is the form with a variance, as Bollapragada et al. 2018
-    make of theirs, and with d as if it were fixed. Both are as they must be where there is no h: then
-    d = −αg, and they are the norm test and the inner-product test (eq. 2.6 there) with θ.
+    The paper's own text was not at hand; its conditions are quoted from memory. Its norm condition is the one
+    above. `inner_product` is a variant and not the paper's: as quoted, that bounds E⟨∇F − g, d⟩ by
+    θ/α ‖E d‖². Without an h, where d = −αg, the left side is α E‖g − ∇F‖², so that it asks for
+    E‖g − ∇F‖² ≤ θ‖∇F‖², the norm test with √θ, and not for an inner-product test. Built is the form with a
+    variance, as Bollapragada et al. 2018 make of theirs, with d as if it were fixed: without an h it is their
+    inner-product test (eq. 2.6 there) with θ, as `norm` is the norm test.
 
     The batch that a test finds too small is enlarged before the step is taken: more samples of the stream are
     drawn, their gradients join those that are known, and the step that would follow is tested again. The next

@@ -17,7 +17,10 @@ CHANNELS_PER_GROUP = 16
 
 
 def norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(max(1, channels // CHANNELS_PER_GROUP), channels)
+    """Of groups of 16 channels, or of the next larger number that divides them."""
+    most = max(1, channels // CHANNELS_PER_GROUP)
+    groups = next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ and where it has such a thing:
 
     check(config)       problems of a config with it
     one_model           True: it asks for what replicas of the model cannot give
+    own_rate            True: it finds its rate itself, and reads nothing of the lr group
     needs(config)       the gradient statistics that it asks for at every step
     wraps               True: it is about another optimizer, `optim.base`, whose file says the rest
 
@@ -73,6 +74,10 @@ def one_model(config: OptimConfig) -> bool:
     return getattr(_module(config.name), "one_model", False)
 
 
+def own_rate(config: OptimConfig) -> bool:
+    return getattr(_module(stepping(config)), "own_rate", False)
+
+
 def needs(config: Config) -> Needs | None:
     found: Needs | None = getattr(_module(stepping(config.optim)), "needs", lambda _: None)(config)
     return found
@@ -81,10 +86,17 @@ def needs(config: Config) -> Needs | None:
 def check(config: Config) -> list[str]:
     """Problems of the optimizer with its settings; its name, and that of the one inside, are known."""
     optim, problems = config.optim, []
+    saddle = config.model.kind != "llama" and config.model.loss == "auc"
     if optim.weight_decay and "weight_decay" not in settings(optim):
+        penalty = "" if saddle or config.model.kind == "llama" else ", and model.l2 for a penalty"
         problems.append(
             f"optim.weight_decay={optim.weight_decay}: optim={stepping(optim)} has no weight decay. Use "
-            f"optim.weight_decay=0, and model.l2 of a model of labelled samples for a penalty"
+            f"optim.weight_decay=0{penalty}"
+        )
+    elif optim.weight_decay and saddle:
+        problems.append(
+            f"optim.weight_decay={optim.weight_decay}: would also pull the saddle point's own parameters of "
+            f"model.loss=auc. Use optim.weight_decay=0"
         )
     if optim.regulariser != "none" and "regulariser" not in settings(optim):
         problems.append(

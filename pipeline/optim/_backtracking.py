@@ -21,8 +21,9 @@ class Backtracking(Evaluating):
 
     Each step begins with L₀ = L/ζ, ζ = max(1, 2/a), where a = tr Σ/(|S| ‖g‖²) + 1 grows with the noise of g:
     L may halve in a step without noise and stays where noise is as large as the gradient. Every step but the
-    last is measured for that, as the batch tests measure it where there are some; where it cannot be told, as
-    from one micro-batch, it counts as 0, and the test on S alone bounds the step.
+    last is measured for that: as the batch tests measure it where there are some, else from single samples
+    where a rank can see them, else from micro-batches, so that L under fsdp is not that under ddp. Where it
+    cannot be told, as from one micro-batch, it counts as 0, and the test on S alone bounds the step.
     (The rule for L₀ and the factor 1.5 are quoted from memory: of the paper only the abstract was at hand.)
     """
 
@@ -51,8 +52,10 @@ class Backtracking(Evaluating):
 
 
 def shrinkage(evaluation: Evaluation) -> float:
-    """ζ, from 1 (noise) to 2 (none seen)."""
+    """ζ, from 1 (noise, or no gradient, with which any L passes) to 2 (no noise seen). An unbiased variance
+    may come out negative."""
     signal = evaluation.samples * evaluation.squared_norm
-    if evaluation.variance is None or signal == 0:
-        return 2.0
-    return max(1.0, 2 / (evaluation.variance / signal + 1))
+    if signal == 0:
+        return 1.0
+    noise = max(evaluation.variance or 0.0, 0.0)
+    return max(1.0, 2 / (noise / signal + 1))

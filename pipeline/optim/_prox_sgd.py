@@ -37,6 +37,7 @@ class ProxSGD(torch.optim.Optimizer):
         return parts
 
     def _steps(self) -> Iterator[tuple[Tensor, float]]:
-        """Each parameter that has a gradient, and its rate."""
-        for group in self.param_groups:
+        """Each parameter that has a gradient, and its rate. None at rate 0, torch's way to have an optimizer
+        make its state: to project the weights of a checkpoint once more would change their last bits."""
+        for group in (group for group in self.param_groups if group["lr"]):
             yield from ((p, group["lr"]) for p in group["params"] if p.grad is not None)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 batch_scalings = ("none",)  # it finds its own rate
 one_model = True  # the loss again
+own_rate = True
 
 
 def settings(config: OptimConfig) -> frozenset[str]:

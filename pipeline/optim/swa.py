@@ -25,6 +25,12 @@ def check(config: Config) -> list[str]:
     if not 0 <= optim.average_start < 1:
         problems.append(f"optim.average_start={optim.average_start}: must be at least 0 and below 1")
     restart, interval = optim.average_restart_tokens, optim.average_interval_tokens
+    left = config.planned_tokens - round(optim.average_start * config.planned_tokens)
+    if interval is not None and 0 < left < interval:
+        problems.append(
+            f"optim.average_interval_tokens={interval}: longer than what is left of the budget from "
+            f"optim.average_start={optim.average_start} on, so that there is no mean. Nearest: {left}"
+        )
     if restart is not None and interval is not None and restart < interval:
         problems.append(
             f"optim.average_restart_tokens={restart}: shorter than optim.average_interval_tokens={interval}, "

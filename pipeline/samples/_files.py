@@ -35,8 +35,10 @@ def opened(path: str) -> Iterator[IO[bytes]]:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
 
 
-def one_directory(files: list[str], source: str) -> list[str]:
+def one_directory(files: list[str], source: str, published: str) -> list[str]:
     """The problem, if `data.files` is not one directory's name."""
     if len(files) == 1:
         return []
-    return [f"data.files={files}: data={source} needs one, the directory of its files"]
+    return [
+        f"data.files={files}: data={source} needs one, the directory of its files. The data set: {published}"
+    ]

@@ -28,7 +28,7 @@ def settings(data: DataConfig) -> frozenset[str]:
 
 
 def check(data: DataConfig) -> list[str]:
-    return one_directory(data.files, "cifar")
+    return one_directory(data.files, "cifar", PUBLISHED)
 
 
 def fingerprint(data: DataConfig) -> str:

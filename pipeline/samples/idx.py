@@ -28,7 +28,7 @@ def settings(data: DataConfig) -> frozenset[str]:
 
 
 def check(data: DataConfig) -> list[str]:
-    return one_directory(data.files, "idx")
+    return one_directory(data.files, "idx", PUBLISHED)
 
 
 def fingerprint(data: DataConfig) -> str:
@@ -48,6 +48,11 @@ def read(data: DataConfig) -> tuple[Samples, Samples | None]:
                 f"{_by(parts[0][0].shape[1:])}"
             )
     classes = max(int(labels.max(initial=0)) for _, labels in parts) + 1
+    labels = parts[0][1]
+    if labels.min() == labels.max():
+        raise ConfigError(
+            f"{_paths(data)[0][1]}: all labels are {labels[0]}; at least two classes are needed"
+        )
     train, *held_out = (
         Samples(images[:, None], labels.astype(np.int64), classes, scale=1 / 255) for images, labels in parts
     )

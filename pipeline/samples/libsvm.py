@@ -178,7 +178,8 @@ def _problem(words: list[bytes], largest: int) -> str | None:
         if not (colon and re.fullmatch(rb"[0-9]+", index) and value):
             return f"{_shown(feature)} is not of the form index:value"
         if not before < int(index):
-            rule = f"comes after {before}; indices must ascend" if before else "is not at least 1"
+            below = "is below 1, from which LIBSVM counts"
+            rule = f"comes after {before}; indices must ascend" if before else below
             return f"index {int(index)} {rule}"
         if int(index) > largest:
             given = (
@@ -192,4 +193,5 @@ def _problem(words: list[bytes], largest: int) -> str | None:
 
 
 def _shown(word: bytes) -> str:
-    return word[:40].decode(errors="replace")
+    """A byte order mark, or a zero byte, must be seen."""
+    return repr(word[:40])[2:-1]

@@ -77,7 +77,9 @@ def test_what_is_counted_are_samples(home: Path):
 
 
 def test_they_are_compared_at_equal_samples_steps_and_time(home: Path):
-    assert report().axes == [SAMPLES, STEPS, TIME]
+    found = report()
+    assert found.axes == [SAMPLES, STEPS, TIME]
+    assert not {"gradients", "losses"} & found.more.keys()  # they are those of the samples
 
 
 def test_they_are_compared_at_equal_gradients_where_one_takes_more_of_them(home: Path):
@@ -90,6 +92,63 @@ def test_they_are_compared_at_equal_gradients_where_one_takes_more_of_them(home:
     assert equal.difference is not None and equal.difference.mean == pytest.approx(0.5 / 2 - 0.5 / 4)
     (steps,) = (e for e in found.equal if e.axis is STEPS)
     assert steps.where == "at 100 steps, 4k against 2k samples"
+
+
+def test_gradients_that_a_method_takes_again_are_counted(home: Path):
+    found = report(gradients=2)
+    once, twice = found.schedules
+    assert once.mean("gradients") == pytest.approx(4000 / SAMPLES_IN_ALL)
+    assert twice.mean("gradients") == pytest.approx(2 * 4000 / SAMPLES_IN_ALL)
+    assert "| 2.78 |" in render("report.md.j2", found) and "| 5.56 |" in render("report.md.j2", found)
+
+
+def test_losses_of_a_line_search_are_told_beside_gradients(home: Path):
+    searching = rows_of(20, 0)
+    for row in searching:
+        if "train/loss" in row:  # two trials in each step
+            row |= {"gradient_evaluations": row["tokens"], "loss_evaluations": 2 * row["tokens"]}
+    write_sweep(
+        "s",
+        [
+            Point({"batch.size": "20", "seed": "0"}, searching),
+            Point({"batch.size": "40", "seed": "0"}, rows_of(40, 0)),
+        ],
+        COMMON,
+    )
+    found = build(load_sweep("s"), [], 0.0)
+    assert [schedule.mean("losses") for schedule in found.schedules] == [
+        pytest.approx(2 * 4000 / SAMPLES_IN_ALL),
+        None,
+    ]
+    markdown = render("report.md.j2", found)
+    assert "| full loss evaluations |" in markdown and "| 5.56 |" in markdown
+    assert "Full gradient evaluations do not include them" in markdown
+
+
+def test_the_mean_iterate_stands_beside_the_last(home: Path):
+    averaging = rows_of(20, 0)
+    for row in averaging:
+        if row["tokens"] >= 3000 and "val/loss" in row:
+            row |= {"val/loss_averaged": row["val/loss"] - 0.1, "val/accuracy_averaged": 0.975}
+    write_sweep(
+        "s",
+        [
+            Point({"batch.size": "20", "seed": "0"}, averaging),
+            Point({"batch.size": "40", "seed": "0"}, rows_of(40, 0)),
+        ],
+        COMMON,
+    )
+    found = build(load_sweep("s"), [], 0.0)
+    own, other = found.schedules
+    assert own.val_loss is not None and own.val_loss.mean == pytest.approx(0.425)  # still of the last one
+    assert own.mean("val_loss_averaged") == pytest.approx(0.325) and other.mean("val_loss_averaged") is None
+    markdown = render("report.md.j2", found)
+    assert "| validation loss, mean iterate | validation accuracy, mean iterate |" in markdown
+    assert "| 0.325 | 97.5% |" in markdown
+    assert found.datasets["averaged_runs"]["tokens"] == [3000, 4000]
+    (figure,) = (figure for figure in found.figures if figure.name == "validation_loss_averaged")
+    assert "0.325, its last weights 0.425" in figure.caption
+    assert figures.images(figures.joined(figure, found.datasets, found.labels))["svg"]
 
 
 def test_gap_and_gradient_are_drawn_over_full_gradients(home: Path):

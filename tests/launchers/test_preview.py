@@ -159,6 +159,19 @@ def test_the_time_is_estimated_from_finished_runs_alike(home: Path) -> None:
     assert Rates().seconds(config("model=60m")) is None
 
 
+def test_labelled_runs_count_samples(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labelled = ("model=logistic", "data=digits", "lr.warmup_tokens=0", "budget.tokens=5k")
+    assert preview(monkeypatch, *labelled) == 0
+    assert "5k samples to train; no finished run here" in capsys.readouterr().out
+    finish(here, 5000, 5.0, *labelled, "seed=1")
+    assert preview(monkeypatch, *labelled) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "5k samples to train, about 0:05, 1 at a time (from the median samples/s of finished" in said
+    assert "same model, mesh and data)" in said
+
+
 def test_unfinished_and_unreadable_runs_do_not_count(home: Path) -> None:
     p = plan("seed=0")
     freeze(p.valid)

@@ -84,6 +84,17 @@ def test_no_time_is_left_when_nothing_runs_any_more(home: Path) -> None:
     assert "tokens/s" in view.summary()[1] and " left" not in view.summary()[1]
 
 
+def test_labelled_runs_count_samples(home: Path) -> None:
+    p, run = frozen("model=logistic", "data=digits", "data.sequence_length=1", "data.micro_batch=16")
+    record(run, 1, step=1, sequences=16, size=16)
+    run.update_status(state="RUNNING", attempt=1)
+    view = LineView(Console(quiet=True), p)
+    view.read({run.id: "running"}, p.points)
+    assert " of 30k samples" in view.summary()[1]
+    titles = [column.title for column in view.rows(p.points)]
+    assert {"samples", "samples/step", "samples/s"} < set(titles) and "tok" not in "".join(titles)
+
+
 def test_a_run_that_was_done_before_is_not_trained_here(home: Path) -> None:
     p, run = frozen()
     record(run, 1, step=30, sequences=468, size=16)

@@ -105,6 +105,16 @@ def test_status_for_programs(every: dict[str, Path], slurm: Scheduler, capsys: R
     assert len(slurm.asked("squeue")) == 1
 
 
+def test_labelled_runs_count_samples(here: Path, capsys: Read) -> None:
+    made_up.sweep(here, "labelled", {"a0": {"seed": "0"}, "a1": {"seed": "1"}})
+    for run in ("a0", "a1"):
+        made_up.run(here, run, "DONE", 1000, unit="samples")
+    assert call("status", "labelled") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "labelled: 2 done, 100% of 2k samples"
+    assert "samples" in lines[1].split() and "tokens" not in lines[1]
+
+
 def test_the_states_of_the_json_sum_up(every: dict[str, Path], capsys: Read) -> None:
     answer = told(capsys, "status", "s", code=1)
     assert sum(answer["states"].values()) == len(answer["runs"])

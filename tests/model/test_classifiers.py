@@ -13,6 +13,7 @@ from torch import Tensor
 import pipeline.model as models
 from pipeline import registry
 from pipeline.config import ClassifierConfig, ConfigError
+from pipeline.model import resnet18
 from pipeline.model._classifier import Classifier
 from pipeline.model.init import initialise
 from tests.support import config
@@ -143,6 +144,13 @@ def test_a_sample_is_judged_by_itself(kind: str):
     model, _ = randomised(kind, *small)
     model.train()
     torch.testing.assert_close(model(inputs_of())[1:2], model(inputs_of()[1:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(4, 1), (16, 1), (64, 4), (512, 32), (33, 1), (50, 2), (72, 4)]
+)
+def test_groups_of_any_number_of_channels(channels: int, groups: int):
+    assert resnet18.norm(channels).num_groups == groups
 
 
 # --- initial weights -----------------------------------------------------------------------------------------

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import checkpoint, export
 from pipeline.batch import schedule_class
 from pipeline.config import Config
+from pipeline.identity import complete
 from pipeline.model.llama import Llama
+from pipeline.problem import problem_of
 from pipeline.store import RunDirectory
-from tests.distributed import ranks_of
+from tests.distributed import ranks_of, train_here
 from tests.model.support import SHAPES, TIED, config, random_llama, random_tokens
 
 
@@ -51,6 +54,38 @@ def test_transformers_loads_the_same_model(home: Path, overrides: list[str]) -> 
         torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-6, rtol=1e-6)
     assert theirs.num_parameters() == configuration.model.parameters
     assert theirs.dtype is torch.float32
+
+
+def test_a_run_with_averages_gives_its_mean(
+    home: Path, small_corpus: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the last iterate; and what is evaluated as val/loss_averaged."""
+    short = ["data.sequence_length=32", "budget.tokens=1024", "batch.size=8", "lr.warmup_tokens=0"]
+    averages = ["optim=swa", "optim.base=adamw", "optim.average_start=0.25", "track=disabled"]
+    composed = config(*small_corpus, *short, *averages)
+    run = train_here(complete(composed))
+    run.update_status(state="DONE")
+    export.export(run, home / "out")
+    found = load_file(home / "out" / "model.safetensors")
+    mean, last = checkpoint.load_average(run), checkpoint.load_weights(run)
+    assert mean and mean.keys() == last.keys()
+    for name, weight in mean.items():
+        assert found[export.transformers_name(name)].equal(weight)
+    assert not mean["embedding.weight"].equal(last["embedding.weight"])
+    theirs = AutoModelForCausalLM.from_pretrained(home / "out")
+    held_out = problem_of(run.config(), ranks_of(composed)).held_out
+    tokens = torch.from_numpy(held_out.read(0, composed.eval.sequences)).long()
+    with torch.no_grad():
+        logits = theirs(tokens[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    averaged = next(row["val/loss_averaged"] for row in run.rows() if "val/loss_averaged" in row)
+    assert averaged == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_mean_of_nothing_is_refused(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configuration = config("model=tiny", "optim=swa", "optim.average_restart_tokens=1k")
+    run = done_run(configuration, random_llama(configuration))
+    assert "optim=swa and ended without a mean of iterates" in refusal([run.id, str(home / "out")], capsys)
 
 
 def test_the_printed_command_loads_it(

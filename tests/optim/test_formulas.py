@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline import optim
-from pipeline.optim._backtracking import MOST_TRIALS, Backtracking
+from pipeline.optim._backtracking import MOST_TRIALS, Backtracking, shrinkage
 from pipeline.optim._evaluation import Evaluation
 from tests.distributed import column, train_here
 from tests.optim.softmax import DIGITS, Matrix, Softmax, steps, weights_of
@@ -248,6 +248,27 @@ def step_of_backtracking(again: Callable[[float], float]) -> tuple[float, float,
 def test_backtracking_does_not_take_rounding_for_an_increase():
     ulp = 2.0**-23
     assert step_of_backtracking(lambda w: 1 + ulp) == pytest.approx((1.0, 0.0, 1), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("squared_norm", "variance", "expected"),
+    [(1.0, 0.0, 2.0), (1.0, None, 2.0), (1.0, 2.0, 4 / 3), (1.0, 40.0, 1.0), (1.0, -2.0, 2.0), (1.0, -4.0, 2.0),
+     (0.0, None, 1.0), (0.0, 3.0, 1.0)],
+)  # fmt: skip
+def test_the_first_constant_of_a_step(squared_norm: float, variance: float | None, expected: float):
+    """ζ = max(1, 2/a), a = tr Σ/(|S| ‖g‖²) + 1 with |S| = 4, also with an estimate of tr Σ below 0; a step without
+    a gradient tells nothing of L, which must not fall to 0 in many of them."""
+    evaluation = Evaluation(4, 1.0, squared_norm, variance, lambda: 1.0, lambda: 0.0, 0, lambda: None)
+    assert shrinkage(evaluation) == pytest.approx(expected)
+
+
+def test_backtracking_outlasts_gradients_of_zero():
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.zeros(1)
+    optimizer = Backtracking([weight], lr=0.25)
+    for _ in range(200):
+        optimizer.step(Evaluation(4, 1.0, 0.0, None, lambda: 1.0, lambda: 0.0, 0, lambda: None))
+    assert optimizer.param_groups[0]["lr"] == 0.25 and weight.item() == 1
 
 
 def test_backtracking_ends_where_no_step_lowers_the_loss():

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from pipeline.batch._interface import Decision, State
 from pipeline.checkpoint import Progress, load_weights
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, check, parse
 from pipeline.identity import identity_fields, run_id
+from pipeline.optim._proximal import simplex
 from pipeline.problem import problem_of
 from pipeline.store import RunDirectory, thawed
 from pipeline.train import train
@@ -23,6 +25,7 @@ from tests.optim.softmax import DIGITS, Matrix, Softmax, as_matrix, checkpoint, 
 from tests.support import compose_tree, config
 
 EVERY_STEP = ["checkpoint.interval_tokens=64", "checkpoint.keep=20"]
+HALF_WAY = "checkpoint.interval_tokens=192"  # after step 3 of 6
 NEW = [
     ["optim=adam"],
     ["optim=adamp", "model=mlp"],
@@ -34,6 +37,13 @@ NEW = [
     ["optim=sam", "optim.base=adamw"],
     ["optim=sam", "optim.base=muon", "model=mlp"],
     ["optim=swa", "optim.base=adamw", "optim.average_start=0", "optim.average_restart_tokens=128"],
+    [
+        "optim=swa",
+        "optim.base=muon",
+        "model=mlp",
+        "optim.average_start=0",
+        "optim.average_restart_tokens=192",
+    ],
     ["optim=swa", "optim.base=adagrad", "optim.average_start=0.2", "optim.average_interval_tokens=128"],
     ["optim=swa", "optim.base=backtracking", "optim.clip=null", "optim.average_restart_tokens=64"],
 ]
@@ -95,17 +105,30 @@ def test_swa_goes_on_from_its_mean(home: Path):
 
 @pytest.mark.parametrize("overrides", NEW, ids=" ".join)
 def test_a_resumed_run_is_the_uninterrupted_one(home: Path, overrides: list[str]):
-    """Bit for bit, with what it has counted."""
-    composed = config(*DIGITS, *overrides, *EVERY_STEP)
+    """Bit for bit, with what it has counted; also from where the run went on from a mean."""
+    composed = config(*DIGITS, *overrides, HALF_WAY)
     run = train_here(composed)
     whole, rows = tensors(checkpoint(run, 6)), logged(run)
-    for step in (4, 5, 6):
-        shutil.rmtree(checkpoint(run, step))
+    shutil.rmtree(checkpoint(run, 6))
     train_here(composed, attempt=2)
     again = tensors(checkpoint(run, 6))
     assert again.keys() == whole.keys()
     assert all(again[name].equal(whole[name]) for name in whole)
     assert logged(run) == rows
+
+
+def test_resuming_does_not_project_again(home: Path):
+    """A simplex is met to rounding, and a second projection changes the last bits of these weights."""
+    composed = config("data=breast_cancer", "model=logistic", "model.loss=binary", "data.micro_batch=16",
+                      "batch.size=64", "budget.tokens=640", "lr.warmup_tokens=0", "optim=prox_sgd", "optim.lr=0.5",
+                      "optim.regulariser=simplex", "checkpoint.interval_tokens=448")  # fmt: skip
+    run = train_here(composed)
+    whole = load_weights(run)["linear.weight"]
+    shutil.rmtree(checkpoint(run, 10))
+    kept = load_weights(run)["linear.weight"]
+    assert not simplex(kept, 0.5).equal(kept)
+    train_here(composed, attempt=2)
+    assert load_weights(run)["linear.weight"].equal(whole)
 
 
 def logged(run: RunDirectory) -> list[dict[str, object]]:
@@ -118,16 +141,34 @@ def train_each(rank: int, runs: list[tuple[Config, str]]) -> None:
         train(composed, RunDirectory(path), 1, ranks_of(composed, rank))
 
 
+# Backtracking sees the noise of single samples where it can, and under fsdp that of micro-batches: there it is
+# compared where all meshes see these, as a batch test does, whose batch is at its cap.
+BY_MICRO_BATCHES = ["batch=norm_test", "batch.max_size=64"]
+ON_MESHES = [
+    *((overrides, ("ddp", "fsdp")) for overrides in NEW if "backtracking" not in " ".join(overrides)),
+    (["optim=backtracking"], ("ddp",)),
+    *(
+        ([*overrides, *BY_MICRO_BATCHES], ("fsdp",))
+        for overrides in NEW
+        if "backtracking" in " ".join(overrides)
+    ),
+]
+
+
 @pytest.mark.slow
 def test_the_mesh_does_not_matter(home: Path):
     """Norms, losses and means are over all ranks; a checkpoint of a mesh is read by one process."""
     wide = ["model=mlp", "model.widths=[32]", "data.micro_batch=8"]  # the last of overrides counts
-    meshes, runs = ("single", "ddp", "fsdp"), {}
-    for overrides in NEW:
-        for mesh in meshes:
-            composed = config(
-                *DIGITS, *overrides, *wide, "checkpoint.interval_tokens=192", f"parallel={mesh}"
-            )
+    parallels = {mesh: config(*DIGITS, f"parallel={mesh}").parallel for mesh in ("single", "ddp", "fsdp")}
+    runs: dict[tuple[str, str], tuple[Config, RunDirectory]] = {}
+    for overrides, meshes in ON_MESHES:
+        one_process = config(*DIGITS, *overrides, *wide)
+        for mesh in ("single", *meshes):
+            composed = dataclasses.replace(one_process, parallel=parallels[mesh])
+            if mesh == "fsdp":
+                half_way = dataclasses.replace(composed.checkpoint, interval_tokens=192)
+                composed = dataclasses.replace(composed, checkpoint=half_way)
+            check(composed)
             run = RunDirectory.of(composed)
             run.freeze(composed)
             runs[" ".join(overrides), mesh] = composed, run
@@ -136,14 +177,16 @@ def test_the_mesh_does_not_matter(home: Path):
             train_here(composed)
     several = [(composed, str(run.path)) for (_, mesh), (composed, run) in runs.items() if mesh != "single"]
     gloo_ranks(2, train_each, several, timeout_s=400)
-    for overrides in NEW:
+    for overrides, meshes in ON_MESHES:
         name = " ".join(overrides)
         _, one = runs[name, "single"]
         rounding = 1e-2 if "muon" in name else 1e-4 if "adam" in name or "adagrad" in name else 1e-5
-        for mesh in ("ddp", "fsdp"):
+        for mesh in meshes:
             _, many = runs[name, mesh]
             for metric in ("train/loss", "val/loss", "val/loss_averaged", "lr", "gradient_evaluations"):
                 assert column(many, metric) == pytest.approx(column(one, metric), rel=rounding), (name, mesh)
+        if "fsdp" not in meshes:
+            continue
         composed, sharded = runs[name, "fsdp"]
         before = column(sharded, "train/loss")
         shutil.rmtree(checkpoint(sharded, 6))
@@ -197,9 +240,28 @@ def test_the_first_optimizers_keep_their_ids(name: str):
     ],
 )
 def test_settings_that_nobody_reads_are_no_part_of_the_id(optimizer: str, read: list[str], unread: list[str]):
-    known = run_id(config(f"optim={optimizer}"))
-    assert all(run_id(config(f"optim={optimizer}", f"optim.{setting}")) == known for setting in unread)
-    assert all(run_id(config(f"optim={optimizer}", f"optim.{setting}")) != known for setting in read)
+    tree = compose_tree(f"optim={optimizer}")
+
+    def id_with(*settings: str) -> str:
+        changed = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"optim.{setting}" for setting in settings]))
+        composed = parse(OmegaConf.to_container(changed))  # type: ignore[arg-type]
+        check(composed)
+        return run_id(composed)
+
+    known = id_with()
+    assert all(id_with(setting) == known for setting in unread)
+    assert all(id_with(setting) != known for setting in read)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["optim=backtracking"], ["optim=swa", "optim.base=backtracking", "optim.clip=null"]],
+    ids=" ".join,
+)
+def test_the_schedule_of_the_rate_is_no_part_of_the_id_where_the_rate_is_found(overrides: list[str]):
+    found = run_id(config(*overrides))
+    unread = ["lr=warmup_stable_decay", "lr.warmup_tokens=1k", "lr.min_ratio=0.5", "lr.cut_factor=2"]
+    assert run_id(config(*overrides, *unread)) == found != run_id(config(*overrides, "optim.lr=0.3"))
 
 
 def test_a_run_of_before_is_read():
@@ -222,6 +284,15 @@ DDP = ["parallel=ddp", "parallel.replicate=2"]
         (["optim=prox_sgd", "optim.regulariser=box", "optim.lower=1", "optim.upper=1"], "optim.lower=1.0: must be"),
         (["optim=prox_sgd", "optim.regulariser=box", "optim.lower=null"], "a box needs at least one bound"),
         (["optim=prox_sgd", "optim.weight_decay=0.1"], "optim.weight_decay=0.1: optim=prox_sgd has no weight decay"),
+        (
+            ["optim=coda", "optim.weight_decay=0.1", "data=breast_cancer", "model=logistic", "model.loss=auc"],
+            "optim.weight_decay=0.1: optim=coda has no weight decay. Use optim.weight_decay=0",
+        ),
+        (
+            ["optim=adamw", "data=breast_cancer", "model=logistic", "model.loss=auc"],
+            "optim.weight_decay=0.1: would also pull the saddle point's own parameters of model.loss=auc. Use "
+            "optim.weight_decay=0",
+        ),
         (["optim=prox_sgd", "optim.regulariser=simplex"], "this model has matrices. Use model=logistic model.loss"),
         (
             ["optim=prox_sgd", "optim.regulariser=simplex", "data=digits", "model=logistic"],
@@ -248,6 +319,11 @@ DDP = ["parallel=ddp", "parallel.replicate=2"]
         (
             ["optim=swa", "optim.average_interval_tokens=2k", "optim.average_restart_tokens=1k"],
             "shorter than optim.average_interval_tokens=2000, so that some means would be of nothing. Nearest: 2000",
+        ),
+        (
+            ["optim=swa", "optim.average_interval_tokens=600k"],
+            "longer than what is left of the budget from optim.average_start=0.75 on, so that there is no mean. "
+            "Nearest: 499968",
         ),
         (["optim=adamp", "optim.decay_ratio=2"], "optim.decay_ratio=2.0: must lie between 0 and 1"),
         (["optim=sam", "sync=local_sgd", *DDP], "optim=sam sync=local_sgd: it evaluates one model of all ranks"),

@@ -75,6 +75,7 @@ IMAGES = idx_file(drawn(12, 5, 7))
         ("train-images-idx3-ubyte", IMAGES + b"x", r"421 bytes after the header, which promises 12 × 5 × 7 = 420"),
         ("train-images-idx3-ubyte", idx_file(drawn(0, 5, 7)), r"0 bytes after the header, which promises 0 × 5 × 7 = 0"),
         ("train-images-idx3-ubyte", idx_file(drawn(11, 5, 7)), "has 11 images, and its labels are 12"),
+        ("train-labels-idx1-ubyte", idx_file(np.full(12, 3, np.uint8)), "train-labels-idx1-ubyte: all labels are 3; at least two"),
         ("t10k-images-idx3-ubyte", idx_file(drawn(4, 7, 5)), "its images are of 7 × 5 pixels, those to train on of 5 × 7"),
         ("train-labels-idx1-ubyte", idx_file(drawn(3)), "train-images-idx3-ubyte: has 12 images, and its labels are 3"),
     ],
@@ -98,7 +99,9 @@ def test_missing_idx_files(mnist: Path):
         samples.fingerprint(data("idx", files=[mnist]))
     with pytest.raises(ConfigError, match=re.escape(idx.PUBLISHED)):
         samples.fingerprint(data("idx", files=[mnist / "nowhere"]))
-    with pytest.raises(ConfigError, match=r"data=idx needs one, the directory of its files"):
+    with pytest.raises(
+        ConfigError, match=r"data=idx needs one, the directory of its files\. The data set: MNIST: http"
+    ):
         data("idx")
 
 

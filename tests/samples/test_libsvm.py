@@ -127,7 +127,7 @@ BAD = {  # a line -> what is said of it
     "1 -1:2": "-1:2 is not of the form index:value",
     "1 qid:x 1:1": "qid:x is not of the form index:value",
     "1 1:1 qid:2": "qid:2 is not of the form index:value",
-    "1 0:2": "index 0 is not at least 1",
+    "1 0:2": "index 0 is below 1, from which LIBSVM counts",
     "1 2:1 2:1": "index 2 comes after 2; indices must ascend",
     "1 3:1 2:1": "index 2 comes after 3; indices must ascend",
     f"1 {LARGE + 1}:1": f"index {LARGE + 1} is above the largest possible, {LARGE}",
@@ -139,6 +139,8 @@ BAD = {  # a line -> what is said of it
     "1 1:1_0": "the value of 1:1_0 is no finite number",
     "1 1:0x10": "the value of 1:0x10 is no finite number",
     "1 1:a": "the value of 1:a is no finite number",
+    "\ufeff1 1:1": r"the label \xef\xbb\xbf1 is no whole number",
+    "1 1:\0": r"the value of 1:\x00 is no finite number",
 }
 
 
