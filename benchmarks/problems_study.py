@@ -40,6 +40,8 @@ class Preset:
     levels: Sequence[float]
     better: int = -1  # less; 1: more
     log: bool = True
+    form: str = ".2g"  # of the measure in the table
+    rounds: bool = False  # the measure over rounds of averaging, in place of the batch
 
 
 PRESETS = {
@@ -47,11 +49,24 @@ PRESETS = {
         "Logistic regression on 455 tumours", "exact/gap", "F − F*", (3e-2, 1e-2, 3e-3)
     ),
     "espath2021_small": Preset("Logistic regression on 1438 digits", "exact/gap", "F − F*", (3e-1, 1e-1)),
+    "xie2020_small": Preset(
+        "Logistic regression in a box on 5600 drawn samples", "exact/gap", "F − F*", (1e-2, 1e-3, 1e-4)
+    ),
     "adadagrad_mnist_small": Preset(
         "Logistic regression on 1438 digits by AdaGrad", "exact/grad_norm", "‖∇F‖", (0.2, 0.1)
     ),
     "adadagrad_cifar_small": Preset(
         "A narrow ResNet-18 on 1438 digits by AdaGrad", "exact/grad_norm", "‖∇F‖", (1.0, 0.5)
+    ),
+    "coda2020_small": Preset(
+        "AUC by CoDA on four ranks: logistic regression on 5600 drawn samples",
+        "val/auc",
+        "held-out AUC",
+        (0.87, 0.88),
+        better=1,
+        log=False,
+        form=".4f",
+        rounds=True,
     ),
 }
 
@@ -63,7 +78,10 @@ COLOURS = {
     "inner product, best split": "#e8763d",
     "coordinates": "#8d6e63",
     "composite": "#b03060",
+    "allreduce": "#1f4e79",
+    "local_sgd": "#e8763d",
 }
+LOSSES = {"binary": "logistic loss"}
 GREYS = ("#b5b5b5", "#777777", "#333333")  # constant batches, the smallest first
 DASHES = ("-", "--", ":", "-.")  # of lines of one colour
 
@@ -77,7 +95,6 @@ class Curve:
     step_epochs: Array
     batches: Array
     accuracy: float | None
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,10 +102,14 @@ class Method:
     kind: str  # of COLOURS, or `constant`
     label: str
     curves: Mapping[str, Curve]  # by seed
+    period: int = 1  # steps between two rounds of averaging
+
+    def rounds(self, curve: Curve) -> int:
+        return len(curve.batches) // self.period
 
 
 def described(setting: Mapping[str, str]) -> tuple[str, str]:
-    """(kind, label) of the axes of a sweep that make a schedule."""
+    """(kind, label) of the axes of a sweep that make a schedule or, where it has none, a way to average."""
     batch = setting.get("batch", "")
     number = {key.partition(".")[2]: value for key, value in setting.items() if key.startswith("batch.")}
     match batch:
@@ -104,11 +125,15 @@ def described(setting: Mapping[str, str]) -> tuple[str, str]:
             kind, label = "inner product", f"inner product, θ {number['theta']}, ν {number['nu']}"
         case "coordinate_norm_test":
             kind, label = "coordinates", f"coordinates, η {number['eta']}"
+        case "composite":
+            form = number["form"].replace("_", " ")
+            kind, label = "composite", f"complete step, {form}, θ {number['theta']}"
+        case _ if setting["sync"] == "local_sgd":
+            kind, label = "local_sgd", f"variables averaged every {setting['sync.period']}"
         case _:
-            kind = batch
-            label = ", ".join([batch, *(f"{key} {value}" for key, value in number.items())])
-    others = [value for axis, value in setting.items() if axis in ("optim", "sync", "data", "model")]
-    return kind, ", ".join([label, *others])
+            kind, label = "allreduce", "gradients averaged"
+    others = [setting[axis] for axis in ("optim", "model.loss") if axis in setting]
+    return kind, ", ".join([label, *(LOSSES.get(other, other) for other in others)])
 
 
 def curve_of(rows: Sequence[Row], measure: str) -> Curve:
@@ -124,20 +149,20 @@ def curve_of(rows: Sequence[Row], measure: str) -> Curve:
         np.array([row["epochs"] for row in trained]),
         np.array([row["batch/size"] for row in trained], dtype=np.float64),
         evaluated[-1].get("val/accuracy"),
-        trained[-1]["time"],
     )
 
 
 def methods_of(sweep: str, measure: str) -> list[Method]:
     """Of finished runs, in the order of the sweep."""
-    found: dict[tuple[str, str], dict[str, Curve]] = defaultdict(dict)
+    found: dict[tuple[str, str, int], dict[str, Curve]] = defaultdict(dict)
     for run in load_sweep(sweep).runs:
         if run.state == "DONE" and run.id:
             kind, label = described(run.setting)
-            if run.seed in found[kind, label]:
+            curves = found[kind, label, int(run.setting.get("sync.period", 1))]
+            if run.seed in curves:
                 raise ConfigError(f"{sweep}: two runs of {label}, seed {run.seed} cannot be told apart")
-            found[kind, label][run.seed] = curve_of(RunDirectory.find(run.id).rows(), measure)
-    return [Method(kind, label, curves) for (kind, label), curves in found.items()]
+            curves[run.seed] = curve_of(RunDirectory.find(run.id).rows(), measure)
+    return [Method(kind, label, curves, period) for (kind, label, period), curves in found.items()]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------
@@ -152,25 +177,24 @@ def reached(curve: Curve, level: float, better: int) -> float | None:
 def table(methods: Sequence[Method], preset: Preset) -> str:
     sign = "≥" if preset.better > 0 else "≤"
     levels = [f"epochs to {preset.name} {sign} {level:g}" for level in preset.levels]
-    columns = ["method", "steps", "last batch", f"{preset.name} at the end", *levels, "accuracy", "time"]
+    counted = ["rounds" if preset.rounds else "last batch", f"{preset.name} at the end"]
+    columns = ["method", "steps", *counted, *levels, *([] if preset.rounds else ["accuracy"])]
     rows = [columns, ["---"] * len(columns)]
+    seeds = max(len(method.curves) for method in methods)
     for method in methods:
         curves = list(method.curves.values())
-        accuracies = [curve.accuracy for curve in curves if curve.accuracy is not None]
-        rows.append(
-            [
-                method.label,
-                _show([len(curve.batches) for curve in curves], ".0f"),
-                _show([float(curve.batches[-1]) for curve in curves], ".0f"),
-                _show([float(curve.values[-1]) for curve in curves], ".2g"),
-                *(
-                    _show([reached(curve, at, preset.better) for curve in curves], ".1f")
-                    for at in preset.levels
-                ),
-                f"{np.median(accuracies):.3f}" if accuracies else "",
-                f"{np.median([curve.seconds for curve in curves]):.1f} s",
-            ]
-        )
+        last = [method.rounds(curve) if preset.rounds else float(curve.batches[-1]) for curve in curves]
+        row = [
+            method.label + (f" ({len(curves)} of {seeds} seeds)" if len(curves) < seeds else ""),
+            _show([len(curve.batches) for curve in curves], ".0f"),
+            _show(last, ".0f"),
+            _show([float(curve.values[-1]) for curve in curves], preset.form),
+            *(_show([reached(curve, at, preset.better) for curve in curves], ".1f") for at in preset.levels),
+        ]
+        if not preset.rounds:
+            accuracies = [curve.accuracy for curve in curves if curve.accuracy is not None]
+            row.append(_show(accuracies, ".3f"))
+        rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
@@ -211,10 +235,16 @@ def batches_over(method: Method, grid: Array) -> Array:
     return np.asarray(np.median(batches, axis=0), dtype=np.float64)
 
 
+def rounds_per_epoch(method: Method) -> float:
+    """Of batches of one size, where a round comes every `period` steps."""
+    curve = next(iter(method.curves.values()))
+    return len(curve.batches) / float(curve.step_epochs[-1]) / method.period
+
+
 def styles(methods: Sequence[Method]) -> list[tuple[str, str]]:
     """(colour, dashes) of each: one colour for a kind of test, in every figure."""
     sizes = sorted({_size(method) for method in methods if method.kind == "constant"})
-    seen = Counter({COLOURS["inner product, best split"]: 1})  # dashed: it lies on the norm test's line
+    seen = Counter({COLOURS["inner product, best split"]: 1})  # dashed, as local_sgd: lies on another line
     found = []
     for method in methods:
         constant = method.kind == "constant"
@@ -229,30 +259,38 @@ def _size(method: Method) -> int:
 
 
 def draw(methods: Sequence[Method], preset: Preset, path: Path) -> None:
-    """The measure over full gradient evaluations, and the batch beside it."""
+    """The measure over full gradient evaluations, and beside it the batch, or the measure over rounds."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    measured, batch = figure.subplots(1, 2)
+    measured, beside = figure.subplots(1, 2)
     last = max(curve.epochs[-1] for method in methods for curve in method.curves.values())
     grid = np.linspace(0, last, 400)
     for method, (colour, dashes) in zip(methods, styles(methods), strict=True):
         median, least, most = over_seeds(method, grid, preset.log)
         measured.plot(grid, median, dashes, color=colour, label=method.label, linewidth=1.6)
         measured.fill_between(grid, least, most, color=colour, alpha=0.13, linewidth=0)
-        batch.plot(grid, batches_over(method, grid), dashes, color=colour, linewidth=1.6)
+        if preset.rounds:
+            rounds = grid * rounds_per_epoch(method)
+            beside.plot(rounds[rounds >= 1], median[rounds >= 1], dashes, color=colour, linewidth=1.6)
+        else:
+            beside.plot(grid, batches_over(method, grid), dashes, color=colour, linewidth=1.6)
     if preset.log:
         measured.set_yscale("log")
     measured.set_ylabel(preset.name)
-    batch.set_yscale("log")
-    batch.set_ylabel("batch (samples)")
-    for axes in (measured, batch):
-        _finish(axes)
+    if preset.rounds:
+        beside.set_xscale("log")
+        beside.sharey(measured)
+    else:
+        beside.set_yscale("log")
+        beside.set_ylabel("batch (samples)")
+    _finish(measured, "full gradient evaluations")
+    _finish(beside, "rounds of averaging" if preset.rounds else "full gradient evaluations")
     figure.suptitle(preset.title, fontsize=11)
     figure.legend(*measured.get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=100)
 
 
-def _finish(axes: Axes) -> None:
-    axes.set_xlabel("full gradient evaluations")
+def _finish(axes: Axes, x: str) -> None:
+    axes.set_xlabel(x)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
 

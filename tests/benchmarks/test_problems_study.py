@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
-from benchmarks.problems_study import Method, batches_over, curve_of, described, over_seeds, reached, styles
+from benchmarks.problems_study import (
+    PRESETS,
+    Method,
+    Preset,
+    batches_over,
+    curve_of,
+    described,
+    draw,
+    over_seeds,
+    reached,
+    rounds_per_epoch,
+    styles,
+    table,
+)
+from tests.support import ROOT
 
 
 def rows(sizes: list[int], gaps: list[float]) -> list[dict[str, float]]:
@@ -59,3 +76,33 @@ def test_a_kind_of_test_has_one_colour_and_its_lines_differ():
     assert methods[2].label == "norm test, η 0.5, adagrad_norm" and methods[1].kind == "inner product alone"
     found = styles(methods)
     assert found[0][0] == found[2][0] and len(set(found)) == len(found)
+
+
+def axes_of(row: str) -> dict[str, str]:
+    axis, value = zip(*(word.split("=", 1) for word in row.split()), strict=True)
+    return dict(zip(axis, value, strict=True))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_row_of_a_preset_has_a_line_of_its_own(name: str):
+    experiment = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
+    settings = [axes_of(row) for row in experiment["hydra"]["sweeper"]["rows"]]
+    methods = [
+        Method(*described(axes), {"0": curve_of(rows([int(axes.get("batch.size", 8))], [1.0]), "exact/gap")})
+        for axes in settings
+    ]
+    assert len({method.label for method in methods}) == len(methods)
+    assert len(set(styles(methods))) == len(methods)
+
+
+def test_rounds_of_averaging(tmp_path: Path):
+    """Of 6 steps of 10 samples, of 100: averaged every 2 steps, 3 rounds in 0.6 epochs."""
+    curve = curve_of(rows([10] * 6, [0.5, 0.6, 0.7, 0.8, 0.9, 0.95]), "exact/gap")
+    method = Method(*described({"sync": "local_sgd", "sync.period": "2"}), {"0": curve}, period=2)
+    assert method.rounds(curve) == 3 and rounds_per_epoch(method) == pytest.approx(5)
+    preset = Preset("", "exact/gap", "AUC", [0.65], better=1, log=False, form=".3f", rounds=True)
+    shown = table([method], preset).splitlines()
+    assert shown[0] == "| method | steps | rounds | AUC at the end | epochs to AUC ≥ 0.65 |"
+    assert shown[2] == "| variables averaged every 2 | 6 | 3 | 0.950 | 0.3 |"
+    draw([method], preset, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 0
