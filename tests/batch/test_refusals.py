@@ -116,7 +116,10 @@ DIGITS = ["model=logistic", "data=digits", "data.sequence_length=1"]
         ),
         (["lr.batch_scaling=adascale"], "is not defined for optim=adamw"),
         (["optim=sgd", "lr.batch_scaling=sqrt"], "for optim=sgd, which has none and linear and adascale"),
-        (["optim.name=adan"], "backtracking, coda, muon, prox_sgd, sam, sgd, signum, swa. Did you mean adam?"),
+        (
+            ["optim.name=adan"],
+            "backtracking, coda, muon, prox_sgd, sam, sgd, signum, swa. Did you mean adam?",
+        ),
     ],
 )
 def test_refuses_what_cannot_run(overrides: list[str], message: str):
