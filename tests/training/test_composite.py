@@ -205,7 +205,11 @@ def test_at_a_constrained_solution_the_test_of_the_gradient_stops_and_that_of_th
     """Xie et al.'s argument. The gradient's norm does not vanish at the solution, so that the norm test is
     content with tr Σ/(η²‖∇F‖²) samples for ever, and the objective stays in the noise of so many."""
     short = ["experiment=xie2020_small", "budget.tokens=60k", "eval.interval_tokens=4k"]
-    rows = ["batch=composite batch.form=norm", "batch=composite batch.form=inner_product", "batch=norm_test"]
+    rows = [
+        "batch=composite batch.form=norm batch.theta=0.5",
+        "batch=composite batch.form=inner_product batch.theta=0.5",
+        "batch=norm_test batch.eta=0.5",
+    ]
     norm, inner, pointwise = (train_here(config(*short, *row.split())) for row in rows)
     assert column(pointwise, "exact/grad_norm")[-1] > 0.1
     variance, gradient = column(pointwise, "exact/variance")[-1], column(pointwise, "exact/grad_norm")[-1]
