@@ -12,7 +12,8 @@ from analysis import align
 from analysis import numbers as text
 from analysis.align import Array
 from analysis.load import Run, Sweep
-from analysis.summary import Schedule, unit_of
+from analysis.summary import Schedule
+from pipeline.config import common_unit
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ _COLUMNS = {"tokens": "tokens", "steps": "step", "time": "time", "epochs": "epoc
 
 def axes_of(schedules: Sequence[Schedule]) -> tuple[Axis, ...]:
     """What they are compared at: the first is what all budgets count, the last what an update costs."""
-    return AXES_OF_SAMPLES if unit_of(schedules) == "samples" else AXES
+    return AXES_OF_SAMPLES if common_unit(s.unit for s in schedules) == "samples" else AXES
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from analysis.look import Spec
 from analysis.panels import Axis, Panel, Quantity
 from analysis.projection import Projection
 from analysis.statistics import Estimate
-from analysis.summary import Schedule, unit_of
+from analysis.summary import Schedule
+from pipeline.config import common_unit
 
 VEGA_LITE = "6.4"
 MARKED_POINTS = 1_000  # of all runs together: more are a smear, and slow to draw
@@ -94,7 +95,7 @@ def build(
     datasets["projected_time"] = curves.projected(projection, "seconds")
     datasets["projected_gpu_hours"] = curves.projected(projection, "gpu_hours")
 
-    drawing = Drawing(datasets, schedules, panels.axes(ends, unit_of(schedules)))
+    drawing = Drawing(datasets, schedules, panels.axes(ends, common_unit(s.unit for s in schedules)))
     makers = (
         *(_tradeoff, _gap, _gradient, _validation, _averaged, _accuracy, _training, _batch, _noise),
         *(_throughput, _projected),
@@ -123,7 +124,7 @@ class Drawing:
     @property
     def unit(self) -> str:
         """tokens, or samples"""
-        return unit_of(self.schedules)
+        return common_unit(s.unit for s in self.schedules)
 
     @property
     def batch_unit(self) -> str:

@@ -16,7 +16,7 @@ from analysis.figures import Figure
 from analysis.load import Run, Sweep
 from analysis.projection import GPU_COUNTS, Projection, project, step_traces
 from analysis.statistics import BOOTSTRAP_SEEDS
-from analysis.summary import MORE, RunNumbers, Schedule, run_numbers, summarise, unit_of
+from analysis.summary import MORE, RunNumbers, Schedule, run_numbers, summarise
 from analysis.synchronisation import Network
 from analysis.target import Target, check_target, reach_targets
 from analysis.verdict import (
@@ -29,6 +29,7 @@ from analysis.verdict import (
     overall,
     parse_baseline,
 )
+from pipeline.config import common_unit
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Report:
     @property
     def unit(self) -> str:
         """tokens, or samples"""
-        return unit_of(self.schedules)
+        return common_unit(s.unit for s in self.schedules)
 
     @property
     def batch_unit(self) -> str:

@@ -308,12 +308,6 @@ def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{key: value for key, value in own.items() if (key, value) not in shared} for own in settings]
 
 
-def unit_of(schedules: Sequence[Schedule]) -> str:
-    """What their budgets count; of a mixture, tokens, of which a labelled sample is one."""
-    units = {schedule.unit for schedule in schedules}
-    return units.pop() if len(units) == 1 else "tokens"
-
-
 def comparable(one: Schedule, other: Schedule) -> bool:
     """Whether their losses are losses of the same task, as far as that is known."""
     return one.task == other.task or not one.task or not other.task

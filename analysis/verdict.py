@@ -27,8 +27,8 @@ from analysis.statistics import (
     paired_difference,
     t_factor,
 )
-from analysis.summary import Schedule, comparable, in_short, tasks, unit_of
-from pipeline.config import ConfigError, did_you_mean
+from analysis.summary import Schedule, comparable, in_short, tasks
+from pipeline.config import ConfigError, common_unit, did_you_mean
 
 SAME_BUDGET = 0.01  # budgets that differ by at most this share count as equal tokens
 
@@ -330,14 +330,12 @@ def headline(schedules: Sequence[Schedule], comparisons: Sequence[Comparison]) -
     if len(parts := tasks(ranked)) > 1:
         own = (f"{name}: {headline(each, comparisons)}" for name, each in parts.items())
         return f"Runs of {len(parts)} tasks, whose losses are no comparison. {' '.join(own)}"
-    budgets = set().union(*(s.budgets for s in ranked))
+    budgets, unit = set().union(*(s.budgets for s in ranked)), common_unit(s.unit for s in ranked)
     if not _equal_budgets(budgets):
         spread = f"{text.compact(min(budgets))} to {text.compact(max(budgets))}"
-        return (
-            f"Runs trained on {spread} {unit_of(ranked)}; only schedules with the same budget are compared."
-        )
+        return f"Runs trained on {spread} {unit}; only schedules with the same budget are compared."
     best = min(ranked, key=lambda s: s.val_loss.mean if s.val_loss else math.inf)
-    after = f" after {text.compact(max(budgets))} {unit_of(ranked)}" if budgets else ""
+    after = f" after {text.compact(max(budgets))} {unit}" if budgets else ""
     seeds = best.val_loss.n if best.val_loss else 0
     if len(ranked) == 1:
         return f"{best.label} ends at validation loss {_loss(best)}{after}."
@@ -421,7 +419,7 @@ def cautions(
         notes.append("1 run is not finished and counts in no mean." if unfinished == 1 else many)
     hosts = {run.status.host for s in schedules for run in s.finished if run.status and run.status.host}
     if len(hosts) > 1:
-        unit = unit_of(schedules)
+        unit = common_unit(s.unit for s in schedules)
         notes.append(f"The runs were on {len(hosts)} hosts: their times and {unit}/s compare hosts as well.")
     unevaluated = sum(n.val_loss is None for s in schedules for n in s.numbers.values())
     if unevaluated:

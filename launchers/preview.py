@@ -21,7 +21,6 @@ from launchers.table import (
     DASH,
     Column,
     axis_columns,
-    common_unit,
     count,
     duration,
     make_console,
@@ -33,7 +32,7 @@ from launchers.table import (
     table,
     tally,
 )
-from pipeline.config import Config, ConfigError, LlamaConfig
+from pipeline.config import Config, ConfigError, LlamaConfig, common_unit
 from pipeline.store import RunDirectory, home
 
 _LISTED_SIZES = 4  # batch sizes named one by one before a plan is abridged

@@ -21,7 +21,6 @@ from launchers.plan import Plan, Point, again, compare
 from launchers.table import (
     Column,
     axis_columns,
-    common_unit,
     count,
     duration,
     name_points,
@@ -31,7 +30,7 @@ from launchers.table import (
     table,
     tally,
 )
-from pipeline.config import Config
+from pipeline.config import Config, common_unit
 from pipeline.store import Row, RunDirectory, home, python, read_rows
 
 REDRAW_S = 0.5

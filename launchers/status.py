@@ -23,7 +23,6 @@ from launchers.table import (
     GAP,
     Column,
     axis_columns,
-    common_unit,
     count,
     duration,
     say,
@@ -34,6 +33,7 @@ from launchers.table import (
     tally,
     total_width,
 )
+from pipeline.config import common_unit
 from pipeline.store import home, python
 
 POLL_S = (10.0, 60.0)  # of the scheduler, by `watch`: at first, and when nothing happens

@@ -150,12 +150,6 @@ def count(number: float) -> str:
     return f"{number / 1e12:.3g}T"
 
 
-def common_unit(units: Iterable[str]) -> str:
-    """What runs count together: of a mixture tokens, of which a labelled sample is one."""
-    found = set(units)
-    return found.pop() if len(found) == 1 else "tokens"
-
-
 def duration(seconds: float) -> str:
     """0:42, 12:05, 3:20:00, 4d 03h."""
     minutes, rest = divmod(round(seconds), 60)
