@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pipeline import critical
+from pipeline.branch import not_continued
 from pipeline.critical import Branch, averaged, standard_error, verdict
 from pipeline.store import RunDirectory
-from pipeline.train import not_continued
 from tests.distributed import column, train_here
 from tests.support import ROOT, config
 

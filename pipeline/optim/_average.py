@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from pipeline.config import Config
 
@@ -45,9 +46,17 @@ class Average:
         return self._restart is not None and after < self._end and self._passed(before, after, self._restart)
 
     @torch.no_grad()
-    def go_on_from_mean(self) -> None:
+    def go_on_from_mean(self, optimizer: Optimizer, new: Optimizer) -> None:
+        """With the state of a new optimizer. What that makes in its first step begins as 0; it is kept, since
+        a checkpoint is read into a state that has it."""
         for mean, weight in zip(self._means, self._weights, strict=True):
             weight.copy_(mean)
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if name in new.state[parameter]:
+                    value.copy_(new.state[parameter][name])
+                else:
+                    value.zero_()
 
     def _passed(self, before: int, after: int, tokens: int) -> bool:
         """A multiple of `tokens` above 0, counted from the start."""

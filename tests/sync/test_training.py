@@ -292,8 +292,8 @@ def read_by_rank(rank: int, composed: Config, path: str, steps: int) -> tuple[li
     from pipeline.train import Trainer
 
     trainer = Trainer(composed, RunDirectory(path), 1, ranks_of(composed, rank))
-    units = [unit for step in range(steps) for unit in trainer._units(16 * step, 16, (rank,))]
-    places = [trainer._place(start) + index for start, count in units for index in range(count)]
+    units = [unit for step in range(steps) for unit in trainer.units.of_shares(16 * step, 16, (rank,))]
+    places = [trainer.units.place(start) + index for start, count in units for index in range(count)]
     read = trainer.data.take(0, 4)
     trainer.close(0)
     return places, read

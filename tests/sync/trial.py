@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+import pipeline.stopping
 import pipeline.train
 from pipeline.config import Config
 from pipeline.store import RunDirectory
@@ -129,7 +130,7 @@ def _stopped_rank(rank: int, composed: Config) -> None:
             super().step()
 
     pipeline.train.Trainer = Stopped
-    pipeline.train.STOP_INTERVAL_S = 0.0
+    pipeline.stopping.STOP_INTERVAL_S = 0.0
     train_rank(rank, composed, str(RunDirectory.of(composed).path))
 
 

@@ -27,6 +27,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
+import pipeline.record
+import pipeline.stopping
 import pipeline.train
 from pipeline import checkpoint
 from pipeline.batch._interface import Decision, State
@@ -72,7 +74,7 @@ def interruption(how: str, step: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline.train, "Trainer", Interrupted)
-        patch.setattr(pipeline.train, "STOP_INTERVAL_S", 0.0)
+        patch.setattr(pipeline.stopping, "STOP_INTERVAL_S", 0.0)
         yield
 
 
@@ -225,7 +227,6 @@ def test_checkpoints_by_time(home: Path, small_corpus: list[str], monkeypatch: p
             super().save(progress, wait)
 
     class Clock:
-        perf_counter, time = staticmethod(time.perf_counter), staticmethod(time.time)
         minutes = 0.0
 
         def monotonic(self) -> float:
@@ -239,7 +240,7 @@ def test_checkpoints_by_time(home: Path, small_corpus: list[str], monkeypatch: p
     assert saves == [(steps, True)]
     run.path.rename(home / "first")
     saves.clear()
-    monkeypatch.setattr(pipeline.train, "time", Clock())
+    monkeypatch.setattr(pipeline.stopping, "time", Clock())
     run = train_here(config(*constant, "checkpoint.interval_minutes=20"))
     assert saves[-1] == (steps, True) and 3 <= len(saves) <= 8
     gaps = [after - before for (before, _), (after, _) in itertools.pairwise(saves[:-1])]
@@ -750,7 +751,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_a_checkpoint(
             saved[self.progress.step] = steps_saved(self.run)
 
     monkeypatch.setattr(pipeline.train, "Trainer", Ballast)
-    monkeypatch.setattr(pipeline.train, "STATUS_INTERVAL_S", 0.0)
+    monkeypatch.setattr(pipeline.record, "STATUS_INTERVAL_S", 0.0)
     run = train_here(config(*TINY, *small_corpus))
     assert_same_record(run, whole)
     out = capsys.readouterr().out

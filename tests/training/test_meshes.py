@@ -71,7 +71,7 @@ def some_steps(rank: int, composed: Config, path: str, attempt: int, steps: int)
     trainer.resume()
     for _ in range(steps):
         trainer.step()
-    trainer.stop_agreed = True
+    trainer.wishes.stop = True
     trainer.save()
     trainer.close(1)
 

@@ -14,8 +14,8 @@ from pipeline import checkpoint
 from pipeline.data import Stream, prepare
 from pipeline.model.init import initialise
 from pipeline.model.llama import Llama, loss_sum
+from pipeline.record import TrainingFailed
 from pipeline.store import RunDirectory, read_rows
-from pipeline.train import TrainingFailed
 from tests.distributed import column, train_here
 from tests.support import config
 
