@@ -181,8 +181,8 @@ def _problems(module: ModuleType) -> list[str]:
     elif unknown := sorted(read - SETTINGS):
         allowed = ", ".join(sorted(SETTINGS - {"own"}))
         problems.append(
-            f"its `settings` hold {', '.join(unknown)}. Allowed: {allowed}; others are fields of its dataclass "
-            f"Settings"
+            f"its `settings` hold {', '.join(unknown)}. Allowed: {allowed}; others are fields of its "
+            f"dataclass Settings"
         )
     if settings is None:
         return problems
