@@ -1,4 +1,5 @@
-"""Where Hydra finds the launchers and the sweeper; `launchers` does the work.
+"""Where Hydra finds the launchers, the sweeper and a user's own batch schedules; `launchers` and
+`pipeline.batch` do the work.
 
 Hydra imports this module at every start, so it imports nothing that takes time.
 """
@@ -11,12 +12,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from pipeline.batch import _own as own_schedules
 from pipeline.config import ConfigError, sweep_settings
 
 if TYPE_CHECKING:
@@ -106,3 +112,43 @@ class ProductSweeper(BasicSweeper):
         # Of two values Hydra takes the last: what the command line says counts for every row.
         points = [[*row, *job] for row in self._rows for job in jobs]
         return self.launcher.launch(points, initial_job_idx=0)
+
+
+class OwnSchedulesPath(SearchPathPlugin):
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if own_schedules.options():
+            search_path.append("own schedules", f"{OwnSchedules.scheme()}://")
+
+
+class OwnSchedules(ConfigSource):
+    """The group `batch` once more, of the files in CRESCENDO_SCHEDULES. One is executed when it is chosen."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "schedules"
+
+    def available(self) -> bool:
+        return True
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path in ("", "batch")
+
+    def is_config(self, config_path: str) -> bool:
+        group, _, name = config_path.removesuffix(".yaml").rpartition("/")
+        return group == "batch" and name in own_schedules.options()
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path == "" and results_filter != ObjectType.CONFIG:
+            return ["batch"]
+        return (
+            own_schedules.options() if config_path == "batch" and results_filter != ObjectType.GROUP else []
+        )
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        name = config_path.removesuffix(".yaml").rpartition("/")[2]
+        return ConfigResult(
+            provider=self.provider,
+            path=self.full_path(),
+            config=OmegaConf.create(own_schedules.option(name)),
+            header={"package": None},
+        )

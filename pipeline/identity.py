@@ -12,6 +12,7 @@ import pipeline.batch as batch_schedules
 import pipeline.optim as optimizers
 import pipeline.samples as labelled_samples
 import pipeline.sync as sync_methods
+from pipeline.batch import _own as own_schedules
 from pipeline.batch._adaptive import AVERAGING
 from pipeline.config import TEXT_SOURCES, Config, DataConfig, LlamaConfig, check, to_tree
 
@@ -46,7 +47,7 @@ def identity_fields(config: Config) -> dict[str, Any]:
             del tree[group][leaf]
         else:
             del tree[group]
-    read = batch_schedules.schedule_class(config.batch.schedule).settings | {"schedule"}
+    read = batch_schedules.settings_read(config.batch.schedule) | {"schedule"}
     if config.batch.schedule in _NO_OTHER_ESTIMATOR and config.batch.estimator != "sample":
         read -= {"estimator"}
     if config.batch.averaged_steps is None:
@@ -92,6 +93,7 @@ def complete(config: Config, known: dict[object, str] | None = None) -> Config:
     Points of a sweep that share a corpus share its fingerprint in `known`, because reading it looks at every
     file. Raises ConfigError when its values cannot work together.
     """
+    config = dataclasses.replace(config, batch=own_schedules.completed(config.batch))
     check(config)
     from pipeline.data import fingerprint
 

@@ -14,6 +14,7 @@ import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.batch import _own as own_schedules
 from pipeline.config import ConfigError, did_you_mean, known_keys, nearest, unknown_key
 from pipeline.store import home
 
@@ -121,6 +122,8 @@ def _rejected(text: str) -> str:
     if found := _NO_SUCH_KEY.match(text):
         if found[1].startswith("hydra"):
             return f"{found[1]}: Hydra has no such setting"
+        if found[1].startswith("batch.own."):
+            return f"{found[1]}: no such setting." + did_you_mean(found[1], own_schedules.keys())
         return unknown_key(found[1])
     return text.partition("\nConfig search path")[0]
 
@@ -141,4 +144,6 @@ def group_names() -> list[str]:
 
 
 def options_of(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """Those of conf/, and of batch also a user's own. Raises ConfigError when those cannot be listed."""
+    own = own_schedules.options() if group == "batch" else []
+    return sorted([*(path.stem for path in (CONF / group).glob("*.yaml")), *own])

@@ -1,6 +1,7 @@
 """The run directory: frozen config, status, lock and the metrics record.
 
     runs/<id>/config.yaml  status.json  metrics.jsonl  checkpoints/  wandb/  logs/  lock  stop
+              schedule.py      of a run whose batch schedule is a user's own
 
 Everything a reader may see is replaced atomically or appended as one whole line, so a reader (or a restart
 after kill -9) never meets half a file. What a full disk refuses is tried again, and nothing half-written
@@ -29,6 +30,7 @@ from typing import Any, Literal, TextIO
 
 import yaml
 
+from pipeline.batch import _own as own_schedules
 from pipeline.config import Config, ConfigError, parse, to_tree
 from pipeline.identity import run_id
 
@@ -84,7 +86,7 @@ def _later_settings() -> dict[str, dict[str, Any]]:
         "data": {
             key: defaults["data"][key] for key in ("distribution", "samples", "features", "standardise")
         },
-        "batch": {key: defaults["batch"][key] for key in ("form", "averaged_steps", "averaged_ratio")},
+        "batch": {key: defaults["batch"][key] for key in ("form", "averaged_steps", "averaged_ratio", "own")},
         "sync": {key: value for key, value in defaults["sync"].items() if key != "method"},
         "optim": {key: value for key, value in defaults["optim"].items() if key != "name"},
         "imbalance": {**defaults["imbalance"], "kind": "none"},
@@ -157,6 +159,7 @@ class RunDirectory:
         self.path = Path(path)
         self.id = self.path.name
         self.config_file = self.path / "config.yaml"
+        self.schedule_file = self.path / "schedule.py"
         self.status_file = self.path / "status.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -187,7 +190,8 @@ class RunDirectory:
         return self.config_file.exists()
 
     def freeze(self, config: Config) -> None:
-        """Writes config.yaml, which attempts read and nothing else.
+        """Writes config.yaml, and the batch schedule's file if it is a user's own: attempts read them and
+        nothing else.
 
         The id fixes all that decides the result; asked for again, a run that is neither done nor running
         takes over what does not (launch, track, where the data lies).
@@ -195,6 +199,9 @@ class RunDirectory:
         try:
             with self.lock():
                 status = self.status()
+                schedule = config.batch.schedule
+                if own_schedules.is_own(schedule) and not self.schedule_file.exists():
+                    write_atomically(self.schedule_file, own_schedules.source(schedule))
                 if status is None or status.state != "DONE":
                     text = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
                     write_atomically(self.config_file, text)
@@ -208,7 +215,9 @@ class RunDirectory:
             tree = yaml.load(self.config_file.read_text(encoding="utf-8"), _Loader)
         except FileNotFoundError:
             raise ConfigError(f"{self.path}: holds no config.yaml, so it is no run directory") from None
-        return thawed(tree)
+        config = thawed(tree)
+        own_schedules.note(config.batch.schedule, self.schedule_file)
+        return config
 
     # status
 

@@ -41,20 +41,23 @@ def typed(tree: DictConfig) -> Config:
 
 def sweep_settings(tree: DictConfig) -> SweepConfig:
     """Those of the sweep itself, of a tree whose other settings may still be swept. Raises ConfigError."""
+    return parse_group(SweepConfig, OmegaConf.to_container(tree.sweep, resolve=True), "sweep")
+
+
+def parse_group(kind: type[T], tree: Any, path: str) -> T:
+    """One group of settings, whose keys begin with `path`. Raises ConfigError with every misspelt key and
+    wrong type."""
     problems: list[str] = []
-    sweep = _convert(SweepConfig, OmegaConf.to_container(tree.sweep, resolve=True), "sweep", problems)
+    group = _convert(kind, tree, path, problems)
     if problems:
         raise ConfigError(*problems)
-    return sweep
+    return group
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
     """The typed config of a composed tree. Raises ConfigError with every misspelt key and wrong type, and
     when the one -1 of the mesh cannot be filled in."""
-    problems: list[str] = []
-    config = _convert(Config, tree, "", problems)
-    if problems:
-        raise ConfigError(*problems)
+    config = parse_group(Config, tree, "")
     return replace(config, parallel=_whole_mesh(config.parallel, config.launch))
 
 
@@ -151,6 +154,10 @@ def _value(hint: Any, value: Any) -> Any:
             example = "[[a, b]]" if nested else "[a, b]"
             raise ValueError(f"a list of {_plural(arguments[0])} is needed, such as {example}")
         return [_value(arguments[0], item) for item in value]
+    if origin is dict:  # whose values only its owner knows
+        if not isinstance(value, Mapping):
+            raise ValueError("a group of settings is needed")
+        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):

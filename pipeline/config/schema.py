@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pipeline.batch as batch_schedules
 import pipeline.parallel as strategies
@@ -165,6 +165,7 @@ class BatchConfig:
     growth_cap: Factor
     hold_tokens: Tokens
     monotone: bool
+    own: dict[str, Any]
 
 
 @dataclass(frozen=True)
