@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks.printing import beside_json
 from benchmarks.statistics import Steady, on_mesh, set_batch
 from benchmarks.step import EVERY_STEP
 from benchmarks.timing import in_turns, ratio
@@ -249,7 +250,8 @@ def content(cases: Mapping[str, Case], steps: int, more: Sequence[str] = ON_GPU)
         found = measured(case, steps, more)
         print(describe(name, case, found, here["device"]), flush=True)
         told = {"failed": found} if isinstance(found, str) else asdict(found)
-        figures[name] = {"settings": asdict(case), **told, "met": verdicts(case, found, here["device"])}
+        met = verdicts(case, found, here["device"])
+        figures[name] = {"device": here["device"], "settings": asdict(case), **told, "met": met}
     return {"date": str(date.today()), "machine": here, "figures": figures}
 
 
@@ -275,7 +277,7 @@ def main() -> int:
     with (
         tempfile.TemporaryDirectory() as directory,
         contextlib.chdir(directory),
-        contextlib.redirect_stdout(sys.stderr if arguments.json else sys.stdout),
+        beside_json(arguments.json),
     ):
         os.environ["CRESCENDO_HOME"] = directory
         told = content({name: CASES[name] for name in arguments.models}, arguments.steps)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pipeline.config import LlamaConfig
 
-# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name: the first
-# that fits. GH200 is an H200 here: it has the same cores as the SXM boards.
+# Dense bfloat16 peak in FLOP/s (NVIDIA data sheets, without sparsity), by a part of the device name; the
+# first that fits counts. GH200 is an H200 here: it has the same cores as the SXM boards.
 PEAK_FLOPS = {
     "B200": 2250e12,
     "H200 NVL": 835e12,
