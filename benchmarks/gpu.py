@@ -179,7 +179,8 @@ def measured(case: Case, steps: int, more: Sequence[str]) -> Figures | str:
     """In a process of its own; a string says why there are none."""
     overrides = overrides_of(case, more)
     try:
-        return on_mesh(config(*overrides), train, overrides, steps)
+        found: Figures = on_mesh(config(*overrides), train, overrides, steps)
+        return found
     except torch.multiprocessing.ProcessRaisedException as error:
         if "OutOfMemoryError" not in str(error):
             raise

@@ -11,7 +11,19 @@ import pytest
 import torch
 
 import benchmarks.gpu
-from benchmarks.gpu import CASES, Case, Figures, content, describe, main, random_corpus, verdicts
+from benchmarks.gpu import (
+    CASES,
+    Case,
+    Figures,
+    Switch,
+    compiled_graphs,
+    content,
+    describe,
+    main,
+    random_corpus,
+    verdicts,
+)
+from benchmarks.step import EVERY_STEP, trainer
 from pipeline.throughput import peak_flops
 from tests.support import config
 
@@ -34,9 +46,6 @@ def test_all_parts_on_a_cpu(home: Path, compiled: str, capsys: pytest.CaptureFix
 
 
 def test_statistics_are_off_without_their_hooks(home: Path, small_corpus: list[str]):
-    from benchmarks.gpu import Switch
-    from benchmarks.step import EVERY_STEP, trainer
-
     overrides = ["model=tiny", "data.sequence_length=32", *small_corpus]
     run = trainer(config(*overrides))
     switch = Switch(run, config(*overrides, *EVERY_STEP))
@@ -46,6 +55,15 @@ def test_statistics_are_off_without_their_hooks(home: Path, small_corpus: list[s
         run.step()
     run.close(0)
     assert ["stat/variance" in row for row in run.run.rows()] == [False, True, False]
+
+
+def test_what_is_compiled_again_is_counted():
+    double = torch.compile(lambda tensor: 2 * tensor, backend="eager")
+    before, counts = compiled_graphs(), []
+    for sequences in (2, 2, 3):
+        double(torch.ones(sequences, 4))
+        counts.append(compiled_graphs() - before)
+    assert counts == [1, 1, 2]
 
 
 def test_targets_count_on_an_h200_alone():
