@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from analysis.records import COLUMNS
+from benchmarks.printing import beside_json
 from pipeline.identity import run_id
 from pipeline.overrides import CONF
 from pipeline.store import MetricsWriter, RunDirectory
@@ -278,7 +279,7 @@ def main() -> int:
     figures = [*files, *sweep]
     if options.json:
         print(json.dumps([asdict(figure) | {"missed": figure.missed} for figure in figures], indent=1))
-    else:
+    with beside_json(options.json):
         _print_files(files, f"{options.files} files of {options.rows:,} rows × {METRICS} metrics")
         _print_sweep(sweep, f"{options.runs} runs of {options.rows:,} rows × {METRICS} metrics")
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", file=sys.stderr)

@@ -16,6 +16,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.printing import beside_json
+
 TARGET_S = 1.0
 _SWEEP = ("-m", "experiment=demo", "batch=constant_16,constant_64,stages,norm_test", "seed=0,1")
 
@@ -71,7 +73,7 @@ def main() -> int:
     answers = [measure(question, options.repeat) for question in QUESTIONS]
     if options.json:
         print(json.dumps([asdict(answer) | {"missed": answer.missed} for answer in answers], indent=1))
-    else:
+    with beside_json(options.json):
         width = max(len(answer.question) for answer in answers)
         print(f"{'seconds to answer':{width}}  median  worst  target")
         for a in answers:

@@ -27,6 +27,7 @@ import torch
 from analysis.records import table
 from analysis.step_cost import Machine, StepTrace, cells, checks, cost, step_trace
 from analysis.synchronisation import Network
+from benchmarks.printing import beside_json
 from benchmarks.step import trainer
 from pipeline.config import Config
 from pipeline.data import prepare
@@ -107,7 +108,7 @@ def main() -> int:
     if arguments.json:
         content = {"machine": machine, "figures": figures, "target": TARGET, "met": worst <= TARGET}
         print(json.dumps(content, indent=1))
-    else:
+    with beside_json(arguments.json):
         for found in figures["errors"]:
             print(
                 f"steps on {found['ranks']} processes, from those on {found['from_ranks']}: "

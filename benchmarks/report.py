@@ -24,10 +24,12 @@ from typing import TypeVar
 from analysis import figures
 from analysis.render import render_html
 from analysis.report import build
+from benchmarks.printing import beside_json
 from tests.analysis.browser import BINARY, browser
 from tests.analysis.synthetic import many_long_runs
 
 T = TypeVar("T")
+FLOOR = "the figures' data by json.dumps"  # the least that a page of them can take
 STEPS = "document.querySelector('[name=axis][value=step]')"
 
 
@@ -50,10 +52,12 @@ def measure(schedules: int, seeds: int, rows: int) -> list[Figure]:
         report, comparing = _timed(lambda: build(sweep, [], 0.0))
         html, page = _timed(lambda: render_html(report))
         specs = [figures.joined(figure, report.datasets, report.labels) for figure in report.figures]
+        floor = min(_timed(lambda: json.dumps(specs))[1] for _ in range(3))
         _, images = _timed(lambda: [figures.images(spec) for spec in specs])
         path = Path(folder) / "report.html"
         path.write_text(html)
         found = [
+            Figure(FLOOR, floor, "s"),
             Figure("comparison and curves", comparing, "s"),
             Figure("page", page, "s"),
             Figure(f"{len(specs)} figures as PNG, SVG and PDF", images, "s"),
@@ -98,7 +102,7 @@ def main() -> int:
     found = measure(options.schedules, options.seeds, options.rows)
     if options.json:
         print(json.dumps([asdict(figure) | {"missed": figure.missed} for figure in found], indent=1))
-    else:
+    with beside_json(options.json):
         title = f"{options.schedules} schedules × {options.seeds} seeds × {options.rows:,} rows"
         width = max(len(title), *(len(figure.what) for figure in found))
         print(f"{title:{width}}   value      target")

@@ -71,6 +71,7 @@ from typing import Any
 import numpy as np
 
 from analysis.synchronisation import Network
+from benchmarks.printing import beside_json
 from benchmarks.sync_model import (
     PAPERS_CODE,
     Costs,
@@ -587,7 +588,7 @@ def main() -> int:
     if arguments.validate:
         rows = compare(measure(arguments.rounds))
         content["validation"] = {"rounds": arguments.rounds, "runs": rows, **summary(rows)}
-        if not arguments.json:
+        with beside_json(arguments.json):
             print("\n".join(map(of_validation, rows)))
             print(of_summary(content["validation"]), end="\n\n")
     network = Network(arguments.gb_per_s, arguments.latency_us)
@@ -606,7 +607,7 @@ def main() -> int:
             for ranks in arguments.ranks or setting.ranks
         ]
         content["figures"][name] = [row for table in tables for row in table]
-        if not arguments.json:
+        with beside_json(arguments.json):
             for table in tables:
                 print(f"{name}, {of_rows(table)}", end="\n\n")
     if arguments.json:

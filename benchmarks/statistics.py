@@ -1,6 +1,7 @@
 """What gradient statistics cost: time, memory and bytes moved, on every mesh, beside what others do for them.
 
-    python -m benchmarks.statistics [--rounds 12] [--json] [--only time memory mfu single ddp fsdp tp]
+    python -m benchmarks.statistics [--rounds 12] [--json] [--only time memory single ddp fsdp tp]
+        [--accumulations 1 4 16]
 
 Time: variants of a trainer that differ in what they measure take turns, one step each and in random order, as
 in benchmarks.step: medians of the ratios to the plain one within a round, with quartiles. Beside them the
@@ -48,6 +49,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.printing import beside_json
 from benchmarks.step import COMMON, EVERY_STEP
 from benchmarks.timing import Seconds, in_turns, ratio
 from pipeline.batch import norm_test
@@ -61,15 +63,13 @@ from pipeline.store import RunDirectory, home
 from pipeline.train import Trainer
 from tests.support import config
 
-PARTS = ("time", "memory", "mfu")
+PARTS = ("time", "memory")
 MESHES = ("single", "ddp", "fsdp", "tp")
 ACCUMULATIONS = (1, 4, 16)
 MEMORY_ACCUMULATION = 4
 NAME_WIDTH = 48
 NORM_TARGET, INNER_PRODUCT_TARGET = 1.02, 1.10
 BUCKET_MIB = 25  # of DDP's gradients, its default
-MFU_MODELS = ("microllama_300m", "tinyllama_1b")
-MFU_STEP = ["data.sequence_length=2048", "data.micro_batch=4", "batch.size=32", "budget.tokens=1B"]
 
 
 class Steady(norm_test.Schedule):
@@ -248,10 +248,12 @@ def _rank(
 # --- time
 
 
-def step_times(ranks: Ranks, mesh: str, overrides: list[str], rounds: int) -> dict[int, Seconds]:
+def step_times(
+    ranks: Ranks, mesh: str, overrides: list[str], rounds: int, accumulations: Sequence[int]
+) -> dict[int, Seconds]:
     """Of each accumulation."""
     times = {}
-    for accumulation in ACCUMULATIONS:
+    for accumulation in accumulations:
         names = variants_of(mesh, accumulation)
         built = {name: build(ranks, overrides, accumulation, name) for name in names}
         _warm_up(built)
@@ -333,18 +335,6 @@ def footprint(ranks: Ranks, overrides: list[str], accumulation: int, name: str) 
     return Footprint(peak, sent.bytes / 2**20)
 
 
-# --- how much of a GPU is used
-
-
-def utilisation(ranks: Ranks, overrides: list[str], name: str) -> float:
-    """Median model FLOPs utilisation over steps after the compiler's."""
-    trainer, step = build(ranks, overrides, accumulation=8, name=name)
-    for _ in range(12):
-        step()
-    trainer.close(0)
-    return statistics.median(row["throughput/mfu"] for row in trainer.run.rows()[4:])
-
-
 # --- figures
 
 Figures = dict[str, dict[str, Any]]  # of each variant of a mesh, by what it measures
@@ -361,10 +351,11 @@ def too_few_gpus(mesh: str) -> bool:
     return 0 < found < wanted
 
 
-def time_figures(mesh: str, rounds: int) -> Figures:
+def time_figures(mesh: str, rounds: int, accumulations: Sequence[int]) -> Figures:
     overrides = mesh_overrides(mesh)
     figures: Figures = {}
-    for accumulation, seconds in on_mesh(config(*overrides), step_times, mesh, overrides, rounds).items():
+    measured_times = on_mesh(config(*overrides), step_times, mesh, overrides, rounds, accumulations)
+    for accumulation, seconds in measured_times.items():
         plain = seconds.pop("plain")
         for name, measured in seconds.items():
             figure: dict[str, Any] = {**ratio(measured, plain), "target": VARIANTS[name].target}
@@ -414,18 +405,6 @@ def bound_mib(composed: Config) -> float:
     return elements * 4 / composed.parallel.tensor / 2**20
 
 
-def mfu_figures() -> Figures:
-    figures: Figures = {}
-    for model in MFU_MODELS:
-        overrides = [f"model={model}", *MFU_STEP, "parallel.precision=bfloat16", "parallel.compile=true"]
-        for name in ("plain", "norm"):
-            figures[f"{model}: {name}"] = {
-                "mfu": on_mesh(config(*overrides), utilisation, overrides, name),
-                "met": True,
-            }
-    return figures
-
-
 # --- what is printed
 
 
@@ -450,36 +429,27 @@ def of_memory(figure: dict[str, Any]) -> str:
     )
 
 
-def of_mfu(figure: dict[str, Any]) -> str:
-    return f"MFU {figure['mfu']:.3f} (bfloat16, compiled)"
-
-
 def _verdict(figure: dict[str, Any]) -> str:
     return "met" if figure["met"] else "MISSED"
 
 
-def measure(parts: Sequence[str], meshes: Sequence[str], rounds: int, aloud: bool) -> dict[str, Figures]:
-    """The figures of each part, printed as they come if `aloud`."""
+def measure(
+    parts: Sequence[str], meshes: Sequence[str], rounds: int, accumulations: Sequence[int]
+) -> dict[str, Figures]:
+    """The figures of each part, printed as they come."""
     figures: dict[str, Figures] = {part: {} for part in parts}
     for mesh in meshes:
         if too_few_gpus(mesh):
             print(f"{mesh}: skipped, needs a GPU for each rank", file=sys.stderr)
             continue
         for part, measured, describe in (
-            ("time", lambda mesh: time_figures(mesh, rounds), of_time),
+            ("time", lambda mesh: time_figures(mesh, rounds, accumulations), of_time),
             ("memory", memory_figures, of_memory),
         ):
             if part in parts:
                 found = measured(mesh)
                 figures[part] |= found
-                if aloud:
-                    show(found, describe)
-    if "mfu" in parts and not torch.cuda.is_available():
-        print("mfu: skipped, no CUDA device", file=sys.stderr)
-    elif "mfu" in parts:
-        figures["mfu"] = mfu_figures()
-        if aloud:
-            show(figures["mfu"], of_mfu)
+                show(found, describe)
     return figures
 
 
@@ -491,13 +461,22 @@ def main() -> int:
     parser.add_argument(
         "--only", nargs="+", default=names, choices=names, metavar="NAME", help=" ".join(names)
     )
+    parser.add_argument(
+        "--accumulations",
+        nargs="+",
+        type=int,
+        default=ACCUMULATIONS,
+        choices=ACCUMULATIONS,
+        help="of the time",
+    )
     arguments = parser.parse_args()
     parts = [part for part in PARTS if part in arguments.only] or PARTS
     meshes = [mesh for mesh in MESHES if mesh in arguments.only] or MESHES
     os.environ["WANDB_MODE"] = "disabled"
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         os.environ["CRESCENDO_HOME"] = directory
-        figures = measure(parts, meshes, arguments.rounds, aloud=not arguments.json)
+        with beside_json(arguments.json):
+            figures = measure(parts, meshes, arguments.rounds, arguments.accumulations)
     if arguments.json:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
         machine = {"processor": device, "cores": os.cpu_count(), "torch": torch.__version__}

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.printing import beside_json
 from benchmarks.timing import Seconds, in_turns, ratio
 from pipeline.config import Config
 from pipeline.data import Stream, prepare
@@ -106,7 +107,7 @@ def main() -> int:
         machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
         seconds = {"single": alone, "ddp": ranks}
         print(json.dumps({"figures": figures, "met": met, "seconds": seconds, "machine": machine}, indent=1))
-    else:
+    with beside_json(arguments.json):
         step = statistics.median(wall for wall, _ in alone["plain"])
         print(f"10m model, 2048 tokens a step and rank, one thread; plain step {step * 1000:.0f} ms")
         for name, figure in figures.items():

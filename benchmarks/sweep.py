@@ -25,6 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from benchmarks.printing import beside_json
 from launchers import manifest
 from launchers.compose import Composer
 from launchers.grammar import expand
@@ -34,6 +35,8 @@ from pipeline.store import RunDirectory
 from tests.slurm.cluster import Cluster, missing
 
 ROOT = CONF.parent
+FLOOR = "compose, Hydra alone"  # a point after the other, as its own multirun does
+COMPOSED_BY_HYDRA = 20  # points
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def measure(points: int) -> Iterator[Figure]:
         yield timed("preview, the command", lambda: _command(*preview), target_s=15.0)
     with _home(), initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
         composer = Composer(_composed, zips=[])
+        some = jobs[:: max(1, len(jobs) // COMPOSED_BY_HYDRA)]
+        yield _timed(len(some), FLOOR, lambda: [_composed(job) for job in some])
         yield timed("compose", lambda: [composer(job) for job in jobs])
         plans: list[Plan] = []
         yield timed(
@@ -133,7 +138,7 @@ def main() -> int:
     figures = list(measure(options.points))
     if options.json:
         print(json.dumps([asdict(figure) | {"missed": figure.missed} for figure in figures], indent=1))
-    else:
+    with beside_json(options.json):
         width = max(len(figure.what) for figure in figures)
         print(f"{f'{figures[0].points} points':{width}}  seconds  ms a point  target")
         for f in figures:

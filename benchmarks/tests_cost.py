@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 import pipeline.samples
+from benchmarks.printing import beside_json
 from benchmarks.statistics import Steady, set_batch
 from benchmarks.step import EVERY_STEP
 from benchmarks.timing import Seconds, in_turns, ratio
@@ -197,14 +198,13 @@ def show(name: str, seconds: Seconds, figures: dict[str, dict[str, Any]]) -> Non
             )
 
 
-def measure(names: Sequence[str], rounds: int, aloud: bool) -> dict[str, dict[str, Any]]:
+def measure(names: Sequence[str], rounds: int) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
         seconds = step_times(name, rounds)
         figures = figures_of(seconds)
         found[name] = {"tests": figures, "plain_s": statistics.median(wall for wall, _ in seconds[PLAIN])}
-        if aloud:
-            show(name, seconds, figures)
+        show(name, seconds, figures)
     return found
 
 
@@ -218,7 +218,8 @@ def main() -> int:
     os.environ["WANDB_MODE"] = "disabled"
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         os.environ["CRESCENDO_HOME"] = directory
-        found = measure(arguments.only, arguments.rounds, aloud=not arguments.json)
+        with beside_json(arguments.json):
+            found = measure(arguments.only, arguments.rounds)
     if arguments.json:
         machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
         print(json.dumps({"figures": found, "machine": machine}, indent=1))

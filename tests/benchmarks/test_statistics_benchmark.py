@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks.statistics
 from benchmarks.statistics import Footprint, footprint, step_times
 from tests.distributed import gloo_ranks, ranks_of
 from tests.gradients.support import SMALL
@@ -15,10 +14,9 @@ from tests.support import config
 TINY = ["data.sequence_length=32", *SMALL]
 
 
-def test_every_variant_takes_its_steps(home: Path, small_corpus: list[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(benchmarks.statistics, "ACCUMULATIONS", (4,))
+def test_every_variant_takes_its_steps(home: Path, small_corpus: list[str]):
     overrides = [*TINY, *small_corpus]
-    (seconds,) = step_times(ranks_of(config(*overrides)), "single", overrides, rounds=8).values()
+    (seconds,) = step_times(ranks_of(config(*overrides)), "single", overrides, 8, (4,)).values()
     assert {len(steps) for steps in seconds.values()} == {4}
     assert {"plain", "norm", "products with momentum", "vmap on a copy"} <= seconds.keys()
 
