@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Literal
 
 from submitit import JobEnvironment
-from submitit.helpers import Checkpointable, TorchDistributedEnvironment
+from submitit.helpers import Checkpointable
 
 from launchers.manifest import link_wandb
-from pipeline import worker
+from pipeline import rendezvous, worker
 from pipeline.config import Config, ConfigError, check
 from pipeline.store import AlreadyRunning, RunDirectory, report, write_atomically
 from pipeline.worker import Outcome
@@ -151,10 +151,10 @@ class Task:
         except ConfigError as error:
             outcome = Outcome("FAILED", worker.WRONG_REQUEST, str(error))
         else:
-            start = Start(attempt, _free_port())
-            notes.start(start)
-            with worker.progress_reports(run):
-                outcome = self._watch(run, config, start)
+            with rendezvous.listen() as listener, worker.progress_reports(run):
+                start = Start(attempt, listener.getsockname()[1])
+                notes.start(start)
+                outcome = self._watch(run, config, start, listener)
         if outcome.state == "PREEMPTED" and self.terminated and fate(self.job.job_id) == "cancelled":
             outcome = Outcome("CANCELLED", _STOPPED, "cancelled")  # by scancel, after a warning
         in_vain = run.complete_checkpoints()[-1:] == saved
@@ -165,11 +165,11 @@ class Task:
             link_wandb(config.sweep.name, run.id)
         return outcome
 
-    def _watch(self, run: RunDirectory, config: Config, start: Start) -> Outcome:
+    def _watch(self, run: RunDirectory, config: Config, start: Start, listener: socket.socket) -> Outcome:
         """Follows rank 0, and the errors of the others, to the end of the attempt."""
         deadline: float | None = None  # of the rank, once it is to end
         grace_s = max(PEER_GRACE_S, config.launch.warning_s - REQUEUE_MARGIN_S)
-        with self._rank(run, config, start) as rank:
+        with self._rank(run, config, start, listener) as rank:
             while rank.poll() is None and (deadline is None or time.monotonic() < deadline):
                 time.sleep(POLL_S)
                 if deadline is None and self._to_stop():
@@ -281,23 +281,32 @@ class Task:
     # --- every task
 
     @contextlib.contextmanager
-    def _rank(self, run: RunDirectory, config: Config, start: Start) -> Iterator[subprocess.Popen[bytes]]:
-        """This task's rank. It does not outlive the block."""
-        os.environ["MASTER_PORT"] = str(start.port)
-        # Which of the node's GPUs is its own, a rank finds by LOCAL_RANK.
-        TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    def _rank(
+        self, run: RunDirectory, config: Config, start: Start, listener: socket.socket | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """This task's rank, which inherits the `listener` and leaves it to nobody else. It does not outlive
+        the block."""
         tasks_here = self.job.num_tasks // self.job.num_nodes
-        variables = worker.rank_variables(start.attempt) | {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(config.parallel.world_size),
-            "OMP_NUM_THREADS": str(worker.threads_per_rank(config, tasks_here)),
-        }
+        # Which of the node's GPUs is its own, a rank finds by LOCAL_RANK.
+        place = rendezvous.Place(
+            self.rank,
+            config.parallel.world_size,
+            self.job.local_rank,
+            tasks_here,
+            self.job.hostnames[0],  # of runs that share a job all are there
+            start.port,
+        )
+        inherited = listener.fileno() if listener else None
+        threads = {"OMP_NUM_THREADS": str(worker.threads_per_rank(config, tasks_here))}
         rank = subprocess.Popen(
             [sys.executable, "-m", "pipeline.worker", str(run.path)],
             stdin=subprocess.DEVNULL,
-            env=os.environ | variables,
+            env=os.environ | worker.rank_variables(start.attempt, place, inherited) | threads,
             preexec_fn=_ignore_signals,
+            pass_fds=() if inherited is None else (inherited,),
         )
+        if listener:
+            listener.close()  # when rank 0 is gone nobody is to wait at its door
         try:
             yield rank
         finally:
@@ -389,13 +398,6 @@ def _stuck(config: Config) -> Outcome:
         f"launch.minutes={minutes}: the time limit came before the first new checkpoint, and would again. "
         f"Resume with more, such as launch.minutes={2 * minutes}",
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-    return port
 
 
 def _ignore_signals() -> None:

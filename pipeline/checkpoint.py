@@ -30,16 +30,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from pipeline.batch._interface import Decision, State
 from pipeline.config import ConfigError
@@ -47,6 +42,11 @@ from pipeline.optim._batch_scaling import Noise
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import MetricsWriter, RunDirectory, report, sync_directory, write_atomically
 from pipeline.sync import Method
+
+# torch.distributed.checkpoint is imported by what saves and loads: it takes a second, which the first step of
+# a new run need not wait for.
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
 
 CHECKPOINT_SCHEMA = 3  # raise it when what a checkpoint holds begins to mean something else
 SAVE_TIMEOUT = timedelta(minutes=30)
@@ -104,17 +104,6 @@ class _Outstanding:
     written: Future[Metadata]
 
 
-class _Writer(dcp.FileSystemWriter):
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            # When a disk is full, torch's archive writer complains of what this did to its bookkeeping.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-
-
 class Checkpointer:
     """The checkpoints of a run in training. Every rank has one and calls its methods at the same steps."""
 
@@ -157,9 +146,14 @@ class Checkpointer:
         if self._sync:  # what an export reads
             replica = self._sync.replica
             tensors["model"] = replica.by_name(replica.averaged(replica.weights()))
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        from pipeline._checkpoint_writer import Writer
+
         copier = DefaultStager(StagingOptions(False, False, False, False))  # it has copied when it returns
         written = dcp.async_save(
-            tensors, storage_writer=_Writer(partial), async_stager=copier, process_group=self._group
+            tensors, storage_writer=Writer(partial), async_stager=copier, process_group=self._group
         )
         assert isinstance(written, Future)
         written.add_done_callback(lambda _: copier.close())
@@ -211,6 +205,8 @@ class Checkpointer:
             ) from None
         if not self._ranks.is_main:
             return None
+        import torch.distributed.checkpoint as dcp
+
         try:
             if error is not None:
                 raise error
@@ -242,6 +238,8 @@ class Checkpointer:
                 shutil.rmtree(old.rename(old.with_name(f"partial-{old.name}")), ignore_errors=True)
 
     def _tensors(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
         model_state, optimizer_state = get_state_dict(self._model, self._optimizer)
         tensors = {"model": model_state, "optimizer": optimizer_state}
         if self._captured:
@@ -324,6 +322,9 @@ class Checkpointer:
 
     def _load(self, path: Path, captured: bool = True) -> str | None:
         """What is wrong with a checkpoint that cannot be loaded."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
         tensors = self._tensors()
         if not captured:
             tensors.pop("captured", None)
@@ -476,6 +477,8 @@ def _is_corrupt(path: Path, offset: int, length: int) -> bool:
 
 def _load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names in the checkpoint begin so, by the rest of their names."""
+    import torch.distributed.checkpoint as dcp
+
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -522,6 +525,8 @@ def _step(path: Path) -> int:
 
 
 def _in_one_line(error: BaseException) -> str:
+    import torch.distributed.checkpoint as dcp
+
     if isinstance(error, dcp.CheckpointException):
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {_in_one_line(cause)}"

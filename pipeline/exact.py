@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, vmap
 
 from pipeline.config import Config
+from pipeline.gradients.dtensor import whole
 from pipeline.optim._proximal import penalty
 from pipeline.optimum import minimum
 from pipeline.parallel._ranks import Ranks
@@ -70,7 +70,7 @@ class Exact:
         """
         self._set(parameters)
         _, exact = self._objective()
-        sampled = torch.cat([_whole(gradient).double().view(-1) for gradient in gradients])
+        sampled = torch.cat([whole(gradient.detach()).double().view(-1) for gradient in gradients])
         self._compared = {"exact/grad_error": ((sampled - exact).norm() / exact.norm()).item()}
         if self._samples * self._size <= MOST_NUMBERS:
             self._compared["exact/variance"] = self._variance(exact)
@@ -90,7 +90,7 @@ class Exact:
     @torch.no_grad()
     def _set(self, parameters: Sequence[Tensor]) -> None:
         for weight, parameter in zip(self._weights.values(), parameters, strict=True):
-            weight.copy_(_whole(parameter))
+            weight.copy_(whole(parameter.detach()))
 
     def _chunks(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the samples. The first n places of a stream are its n samples, each once."""
@@ -123,8 +123,3 @@ class Exact:
             gradients = torch.cat([g.flatten(1) for g in each(weights, inputs, targets).values()], dim=1)
             squares += (gradients - mean).square().sum()
         return self._ranks.sum(squares)[0] / (self._samples - 1)
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All ranks meet where each has a shard."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

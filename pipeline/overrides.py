@@ -9,14 +9,16 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import OmegaConfBaseException
 
 from pipeline.batch import _own as own_schedules
 from pipeline.config import ConfigError, did_you_mean, known_keys, nearest, unknown_key
 from pipeline.store import home
+
+if TYPE_CHECKING:
+    from hydra.errors import OverrideParseException
 
 _ELSEWHERE = "Choose another place with CRESCENDO_HOME"
 _LOCKS = "Its file system has no locks (flock). Mount it with them, or choose another place"
@@ -63,6 +65,10 @@ def run_command(command: Callable[[], int], arguments: Sequence[str], hint: str 
 
 def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | None:
     """One line for each mistake of the user in `arguments`; None when `error` is none of theirs."""
+    # Not at the top: processes that compose nothing use this module, too.
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
     text = str(error)
     match error:
         case ConfigError():

@@ -14,16 +14,19 @@ from pipeline.config import Config, to_tree
 from pipeline.store import Row, RunDirectory
 
 QUEUED_ROWS = 200
+STARTING_ROWS = 50_000  # that may wait until wandb has come up: some 50 MB
 FINISH_TIMEOUT_S = 60.0
 
 
 class Tracker:
     """Sends rows to wandb from a thread of its own, so that neither its failure nor its silence reaches the
-    run. The record has everything in any case."""
+    run. The record has everything in any case. The thread starts after the first row, since importing wandb
+    takes a second that the first step need not share; rows that come meanwhile wait for it."""
 
     def __init__(self, config: Config, run: RunDirectory, attempt: int) -> None:
         self._every = config.track.every
-        self._rows: queue.Queue[Row | int] = queue.Queue(QUEUED_ROWS)  # an exit code ends it
+        self._rows: queue.SimpleQueue[Row | int] = queue.SimpleQueue()  # an exit code ends it
+        self._room = STARTING_ROWS
         self._mirror: threading.Thread | None = None
         self._dropped = self._preempted = False
         mode = os.environ.get("WANDB_MODE") or config.track.mode
@@ -31,33 +34,37 @@ class Tracker:
             self._mirror = threading.Thread(
                 target=self._run_mirror, args=(config, run, attempt, mode), daemon=True
             )
-            self._mirror.start()
 
     def log(self, row: Row) -> None:
         """Every `track.every`-th step, the first, and every evaluation."""
-        if self._mirror and (row["step"] % self._every == 0 or row["step"] == 1 or "val/loss" in row):
-            self._put(row)
+        mirror = self._mirror  # it withdraws when it fails
+        if mirror and (row["step"] % self._every == 0 or row["step"] == 1 or "val/loss" in row):
+            if self._rows.qsize() < self._room:
+                self._rows.put(row)
+            elif not self._dropped:
+                print("wandb does not keep up and misses rows; metrics.jsonl is complete", file=sys.stderr)
+                self._dropped = True
+            self._start_once(mirror)
 
     def finish(self, exit_code: int, preempted: bool = False) -> None:
         """Waits a while for the mirror to catch up. wandb shows a preempted run as one that will go on."""
-        if self._mirror:
+        if mirror := self._mirror:
             self._preempted = preempted
-            self._put(exit_code)
-            self._mirror.join(FINISH_TIMEOUT_S)
+            self._rows.put(exit_code)
+            self._start_once(mirror)  # also a run without a row is shown, as failed
+            mirror.join(FINISH_TIMEOUT_S)
 
-    def _put(self, item: Row | int) -> None:
-        try:
-            self._rows.put_nowait(item)
-        except queue.Full:
-            if not self._dropped:
-                print("wandb does not keep up and misses rows; metrics.jsonl is complete", file=sys.stderr)
-            self._dropped = True
+    def _start_once(self, mirror: threading.Thread) -> None:
+        if mirror.ident is None:
+            mirror.start()
 
     def _run_mirror(self, config: Config, run: RunDirectory, attempt: int, mode: str) -> None:
         try:
             mirror = self._start(config, run, attempt, mode)
             while isinstance(item := self._rows.get(), dict):
                 mirror.log(item)
+                if self._rows.empty():  # it has caught up with what waited for it
+                    self._room = QUEUED_ROWS
             if self._preempted:
                 mirror.mark_preempting()
             mirror.finish(item)

@@ -2,10 +2,11 @@
 
     python -m pipeline.worker RUN_DIR [parallel=… parallel.*=… launch.*=…]
 
-Started plainly it is the supervisor: it takes the run's lock, starts one process per rank with torch's
-elastic launcher, and turns however they end into the run's status. The ranks are this module again, told
-apart by the environment. Exit codes: 0 done (or somebody else is at it), 1 failed, 2 the request
-is wrong (no such run directory, device or data), 128 + n stopped by signal n.
+Started plainly it is the supervisor: it takes the run's lock, starts one process per rank, and turns however
+they end into the run's status. The ranks are this module again, told apart by the environment. They import
+torch, the supervisor of a language model does not: it would take as long again. Exit codes: 0 done (or
+somebody else is at it), 1 failed, 2 the request is wrong (no such run directory, device or data), 128 + n
+stopped by signal n.
 
 A signal stops the run at its next step, with a checkpoint; a second one at once.
 """
@@ -15,11 +16,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import logging
 import os
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -29,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
+from pipeline import rendezvous
 from pipeline.attempt import for_attempt, mesh_of
 from pipeline.config import TEXT_SOURCES, Config, ConfigError, LlamaConfig, check
 from pipeline.environment import environment
@@ -45,6 +47,7 @@ from pipeline.store import (
 
 ATTEMPT_VARIABLE = "CRESCENDO_ATTEMPT"
 SUPERVISOR_VARIABLE = "CRESCENDO_SUPERVISOR"  # its process id, for the ranks
+RANK_POLL_S = 0.05
 PROGRESS_INTERVAL_S = 5.0
 SHUTDOWN_TIMEOUT_S = 3  # between asking ranks to end and killing them
 # For the step at work and the checkpoint after it, when a signal asks for a stop.
@@ -133,9 +136,19 @@ def begin(config: Config, run: RunDirectory, job: str | None = None) -> int:
         exit_code=None,
         error=None,
     )
-    write_atomically(run.logs / f"attempt-{attempt}.environment.json", json.dumps(environment(), indent=1))
+    # Not a daemon: the process stays until it is written. The ranks need not wait for git and nvidia-smi.
+    threading.Thread(target=_record_environment, args=(run, attempt)).start()
     report(f"run {run.id}: attempt {attempt} on {mesh_of(config)}, logs in {run.logs}")
     return attempt
+
+
+def _record_environment(run: RunDirectory, attempt: int) -> None:
+    try:
+        write_atomically(
+            run.logs / f"attempt-{attempt}.environment.json", json.dumps(environment(), indent=1)
+        )
+    except OSError as problem:  # a full disk; the attempt itself will say so where it matters
+        report(f"the environment of attempt {attempt} could not be written: {problem.strerror}")
 
 
 def end(run: RunDirectory, outcome: Outcome) -> None:
@@ -154,17 +167,18 @@ def end(run: RunDirectory, outcome: Outcome) -> None:
 class Stops:
     """Signals that ask this run to stop.
 
-    At first they are only noted: an exception that a signal raises somewhere inside `import torch` may be
-    swallowed there. After `act` they are raised, as KeyboardInterrupt. After `ask_first` the first one asks
-    the ranks to stop at their next step; what comes then, a signal or the end of the grace period, is raised.
-    Signals that were ignored when the process began (nohup) stay ignored.
+    At first they are only noted. After `act` they are raised, as KeyboardInterrupt. After `note` they are
+    only noted again: raised between a process's start and its entry in a list, they would leave it to itself.
+    After `ask_first` the first one, or one that was noted, asks the ranks to stop at their next step; what
+    comes then, a signal or the end of the grace period, is raised. Signals that were ignored when the process
+    began (nohup) stay ignored.
     """
 
     def __init__(self, run: RunDirectory) -> None:
         self._run = run
         self._number: int | None = None  # of the first
         self._answer: Literal["note", "raise", "ask first", "ignore"] = "note"
-        self._overdue = False
+        self._asked = self._overdue = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._receive)
@@ -175,8 +189,13 @@ class Stops:
         if self._number is not None:
             raise KeyboardInterrupt
 
+    def note(self) -> None:
+        self._answer = "note"
+
     def ask_first(self) -> None:
         self._answer = "ask first"
+        if self._number is not None and not self._asked:
+            self._ask()
 
     def ignore(self) -> None:
         self._answer = "ignore"
@@ -189,9 +208,8 @@ class Stops:
         return Outcome("CANCELLED", 128 + number, f"stopped by {signal.Signals(number).name}{late}")
 
     def _receive(self, number: int, frame: object) -> None:
-        first = self._number is None
         self._number = self._number or number
-        if self._answer == "ask first" and first:
+        if self._answer == "ask first" and not self._asked:
             self._ask()
         elif self._answer in ("raise", "ask first"):
             self._overdue = number == signal.SIGALRM
@@ -199,6 +217,7 @@ class Stops:
             raise KeyboardInterrupt
 
     def _ask(self) -> None:
+        self._asked = True
         try:
             self._run.request_stop()
         except OSError:  # a disk without room for an empty file has none for a checkpoint
@@ -234,45 +253,85 @@ def _run_ranks(
     config: Config, run: RunDirectory, attempt: int, stops: Stops, changes: Sequence[str]
 ) -> Outcome:
     """Raises KeyboardInterrupt when the attempt is to end at once."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # What it would print about signals and failed ranks is in the status, in one line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.update(rank_variables(attempt))
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads_per_rank(config, config.parallel.world_size)))
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=config.parallel.world_size,
-        run_id=f"{run.id}-{attempt}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.05,
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        signals_to_handle="",  # `stops` does
-        local_addr="localhost",
-    )
-    command = [sys.executable, "-m", "pipeline.worker", str(run.path), *changes]
     stops.act()
     try:
         prepare_data(config)
-        stops.ask_first()
-        elastic_launch(launch, command[0])(*command[1:])
     except ConfigError as error:
         return Outcome("FAILED", WRONG_REQUEST, str(error))
-    except ChildFailedError as failure:
-        rank, first = failure.get_first_failure()
-        return failed(run, attempt, rank, first.exitcode)
+    stops.note()
+    ranks: list[subprocess.Popen[bytes]] = []
+    try:
+        _start_ranks(config, run, attempt, changes, ranks)
+        stops.ask_first()
+        failure = _first_failure(ranks)
+    finally:
+        stops.ignore()
+        _end_ranks(ranks)
+    if failure:
+        return failed(run, attempt, *failure)
     status = run.status()
     stopped = status is not None and status.state in get_args(StopState)
     return stops.outcome() if stopped else Outcome("DONE", 0)
 
 
-def rank_variables(attempt: int) -> dict[str, str]:
-    """What a rank must be told by the process that supervises it, besides its place among the ranks."""
-    return {ATTEMPT_VARIABLE: str(attempt), SUPERVISOR_VARIABLE: str(os.getpid())}
+def _start_ranks(
+    config: Config,
+    run: RunDirectory,
+    attempt: int,
+    changes: Sequence[str],
+    started: list[subprocess.Popen[bytes]],
+) -> None:
+    """Adds each to `started` as soon as it is there."""
+    world_size = config.parallel.world_size
+    environment = {"OMP_NUM_THREADS": str(threads_per_rank(config, world_size))} | os.environ
+    with rendezvous.listen("127.0.0.1") as listener:
+        port = listener.getsockname()[1]
+        for rank in range(world_size):
+            place = rendezvous.Place(rank, world_size, rank, world_size, "127.0.0.1", port)
+            inherited = listener.fileno() if rank == 0 else None
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "pipeline.worker", str(run.path), *changes],
+                    stdin=subprocess.DEVNULL,
+                    env=environment | rank_variables(attempt, place, inherited),
+                    pass_fds=() if inherited is None else (inherited,),
+                    start_new_session=True,  # Ctrl-C in a terminal is the supervisor's to answer
+                )
+            )
+
+
+def _first_failure(ranks: Sequence[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    """The rank that failed first and its exit code, negative after a signal, as soon as it has; None when all
+    have ended well."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        for rank, code in enumerate(codes):
+            if code:
+                return rank, code
+        if None not in codes:
+            return None
+        time.sleep(RANK_POLL_S)
+
+
+def _end_ranks(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Whoever still runs is asked to end, then killed. None is left, not even as a zombie."""
+    for rank in ranks:
+        rank.terminate()
+    deadline = time.monotonic() + SHUTDOWN_TIMEOUT_S
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(0.0, deadline - time.monotonic()))
+        rank.kill()  # does nothing to one that has ended
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in a system call: a dead disk
+            rank.wait(SHUTDOWN_TIMEOUT_S)
+
+
+def rank_variables(attempt: int, place: rendezvous.Place, listener: int | None) -> dict[str, str]:
+    """What a rank must be told by the process that supervises it. `listener`: the inherited socket on which
+    rank 0 is to serve."""
+    own = {ATTEMPT_VARIABLE: str(attempt), SUPERVISOR_VARIABLE: str(os.getpid())}
+    return own | rendezvous.variables(place, listener)
 
 
 def prepare_data(config: Config) -> None:

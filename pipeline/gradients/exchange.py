@@ -13,16 +13,18 @@ annotations of its hook, so they must not be strings: no `from __future__ import
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.gradients.dtensor import local, mesh_axis
+from pipeline.gradients.dtensor import is_fully_sharded, local, mesh_axis
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 # torch 2.13 renamed both and warns of the old names.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -96,7 +98,7 @@ class ReplicaExchange:
 class Layer:
     """One FSDP2 module and the layout of its flat gradient, [ranks, Σ columns] before the reduce-scatter."""
 
-    module: FSDPModule
+    module: "FSDPModule"
     parameters: list[int]  # its own, as indices into the model's
     columns: list[int]  # of each parameter in one rank's slice: whole rows of dimension 0, padded with zeros
 
@@ -106,8 +108,8 @@ def _layers_of(model: nn.Module, leaves: dict[str, torch.Tensor], shards: int) -
     rows = [local(leaf).shape for leaf in leaves.values()]
     found = []
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            inner = (m for m in module.modules() if isinstance(m, FSDPModule) and m is not module)
+        if is_fully_sharded(module):
+            inner = (m for m in module.modules() if is_fully_sharded(m) and m is not module)
             nested = {id(parameter) for m in inner for parameter in m.parameters()}
             own = [index[id(p)] for p in module.parameters() if id(p) not in nested]
             columns = [math.ceil(rows[i][0] / shards) * math.prod(rows[i][1:]) for i in own]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+
+from pipeline.gradients.dtensor import is_fully_sharded
 
 
 def leaves(model: nn.Module) -> dict[str, torch.Tensor]:
     """By parameter name. To be called by all ranks, after the model is distributed and has its weights."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     sharded = {id(parameter) for parameter in parameters.values()}
-    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    layers = [module for module in model.modules() if is_fully_sharded(module)]
     if not layers:
         return parameters
     found: dict[str, torch.Tensor] = {}

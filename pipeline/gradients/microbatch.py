@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from pipeline.gradients.direction import Direction
-from pipeline.gradients.dtensor import is_partial, local, mesh_axis, shares
+from pipeline.gradients.dtensor import is_partial, is_spread, local, mesh_axis, shares
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.norms import SquaredNorm, write_row_norms
 from pipeline.gradients.projections import LeafProjections, ShardProjections
@@ -76,7 +75,7 @@ class MicrobatchCapture:
     # --- in the backward pass
 
     def _hook(self, index: int, leaf: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        layout = leaf.placements if isinstance(leaf, DTensor) else None
+        layout = leaf.placements if is_spread(leaf) else None
 
         def see(gradient: torch.Tensor) -> torch.Tensor | None:
             if not self._active:
@@ -90,7 +89,7 @@ class MicrobatchCapture:
                 if self._projecting:
                     self._projecting.see(index, own, 1.0)  # a product is linear: its parts add up
                 return None
-            if not isinstance(gradient, DTensor) or gradient.placements == layout:
+            if not is_spread(gradient) or gradient.placements == layout:
                 self._see(index, gradient)
                 return None
             gradient = gradient.redistribute(placements=layout)

@@ -14,11 +14,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.gradients.coordinates import SIZE, add_coordinates, coordinates_of
-from pipeline.gradients.dtensor import mesh_axis, shares
+from pipeline.gradients.dtensor import is_fully_sharded, mesh_axis, shares
 from pipeline.gradients.exchange import (
     BucketExchange,
     Layer,
@@ -48,7 +47,7 @@ class WorkerCapture:
         self._exchange: BucketExchange | ReplicaExchange | ShardExchange
         if isinstance(model, DistributedDataParallel):
             self._exchange = BucketExchange(model, self._see)
-        elif not isinstance(model, FSDPModule):
+        elif not is_fully_sharded(model):
             self._exchange = ReplicaExchange(model.parameters(), self._see)
         else:
             replica_axis = mesh_axis(next(model.parameters()), "replicate")

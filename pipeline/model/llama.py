@@ -18,10 +18,10 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.config import LlamaConfig, ParallelConfig
+from pipeline.gradients.dtensor import whole
 from pipeline.model._interface import Model
 
 STANDARD_DEVIATION = 0.02
@@ -105,13 +105,20 @@ class Block(nn.Module):
         return x_BTD + self.ffn(self.ffn_norm(x_BTD))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        # On the meta device it would change nothing, and import torch's compiler (1 s) to do so.
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Llama(Model):
     """tokens [B, T] int64 -> logits [B, T, V]."""
 
     def __init__(self, model: LlamaConfig) -> None:
         super().__init__()
         self.model = model
-        self.embedding = nn.Embedding(model.vocab, model.width)
+        self.embedding = Embedding(model.vocab, model.width)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
         self.norm = nn.RMSNorm(model.width, eps=model.norm_eps)
         self.head = nn.Linear(model.width, model.vocab, bias=False)
@@ -156,4 +163,4 @@ class Llama(Model):
 def loss_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
     """Cross entropy [nats] summed over tokens, in float32; the caller divides by the whole step's tokens."""
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
-    return loss.full_tensor() if isinstance(loss, DTensor) else loss  # of logits split by vocabulary
+    return whole(loss)  # of logits split by vocabulary

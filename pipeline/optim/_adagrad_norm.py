@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.gradients.dtensor import local, row_sums
 from pipeline.optim._evaluation import Evaluating, Evaluation
+from pipeline.optim._uncompiled import Uncompiled
 
 
 class AdaGradNorm(Evaluating):
@@ -32,7 +33,7 @@ class AdaGradNorm(Evaluating):
         torch._foreach_add_(self.weights(), self.gradients(), alpha=-rate)
 
 
-class RowAdaGradNorm(torch.optim.Optimizer):
+class RowAdaGradNorm(Uncompiled):
     """A sum for each row of a matrix (of a kernel: each output channel), and for each element of a vector."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, accumulator: float, delayed: bool) -> None:

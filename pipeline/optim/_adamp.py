@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pipeline.config import OptimConfig
 from pipeline.gradients.dtensor import row_sums, whole
+from pipeline.optim._uncompiled import Uncompiled
 
 
-class AdamP(torch.optim.Optimizer):
+class AdamP(Uncompiled):
     """u = (m/(1 − β₁ᵗ)) / (√(v/(1 − β₂ᵗ)) + ε); w ← (1 − lr λ r) w − lr u.
 
     A weight of several dimensions whose gradient is nearly orthogonal to it, as that of a weight before a

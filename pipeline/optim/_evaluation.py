@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pipeline.gradients.dtensor import local
+from pipeline.optim._uncompiled import Uncompiled
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Evaluation:
     average_replicas: Callable[[], None]  # gives replicas the mean of their weights; nothing to one model
 
 
-class Evaluating(torch.optim.Optimizer):
+class Evaluating(Uncompiled):
     """An optimizer whose step is given an Evaluation, in the place where torch has a closure. A step without
     one, at rate 0 with gradients of 0, is torch's way to make the state that a checkpoint is read into."""
 

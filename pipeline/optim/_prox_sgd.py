@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pipeline.gradients.dtensor import local
 from pipeline.optim._proximal import Proximal
+from pipeline.optim._uncompiled import Uncompiled
 
 
-class ProxSGD(torch.optim.Optimizer):
+class ProxSGD(Uncompiled):
     def __init__(self, parameters: Iterable[Tensor], lr: float, proximal: Proximal) -> None:
         super().__init__(parameters, {"lr": lr})
         self.proximal = proximal

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 
+from pipeline.optim._uncompiled import Uncompiled
 
-class Signum(torch.optim.Optimizer):
+
+class Signum(Uncompiled):
     def __init__(
         self, parameters: Iterable[torch.Tensor], lr: float, momentum: float, weight_decay: float
     ) -> None:

@@ -25,6 +25,8 @@ def keeps_first_moment(config: OptimConfig) -> bool:
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     import torch
 
-    return torch.optim.Adagrad(
+    from pipeline.optim._uncompiled import uncompiled
+
+    return uncompiled(torch.optim.Adagrad)(
         model.parameters(), lr=config.lr, eps=config.eps, weight_decay=config.weight_decay, foreach=True
     )

@@ -25,8 +25,10 @@ def keeps_first_moment(config: OptimConfig) -> bool:
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     import torch
 
+    from pipeline.optim._uncompiled import uncompiled
+
     beta1, beta2 = config.betas
-    return torch.optim.AdamW(
+    return uncompiled(torch.optim.AdamW)(
         model.parameters(),
         lr=config.lr,
         betas=(beta1, beta2),

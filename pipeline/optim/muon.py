@@ -39,19 +39,20 @@ def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
 
     from pipeline.optim._composite import Composite
     from pipeline.optim._muon import hidden_matrices
+    from pipeline.optim._uncompiled import uncompiled
 
     hidden = hidden_matrices(model)
     named = {id(parameter) for parameter in hidden}
     others = [parameter for parameter in model.parameters() if id(parameter) not in named]
     beta1, beta2 = config.betas
-    muon = torch.optim.Muon(
+    muon = uncompiled(torch.optim.Muon)(
         hidden,
         lr=config.lr,
         weight_decay=config.weight_decay,
         momentum=config.momentum,
         adjust_lr_fn="match_rms_adamw",
     )
-    adamw = torch.optim.AdamW(
+    adamw = uncompiled(torch.optim.AdamW)(
         others,
         lr=config.lr,
         betas=(beta1, beta2),

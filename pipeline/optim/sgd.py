@@ -25,8 +25,10 @@ def keeps_first_moment(config: OptimConfig) -> bool:
 def build(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     import torch
 
+    from pipeline.optim._uncompiled import uncompiled
+
     # Not fused: torch 2.13 has no fused form for sharded parameters (DTensor).
-    return torch.optim.SGD(
+    return uncompiled(torch.optim.SGD)(
         model.parameters(),
         lr=config.lr,
         momentum=config.momentum,

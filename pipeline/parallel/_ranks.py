@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from pipeline import rendezvous
 from pipeline.config import Config, ConfigError
 from pipeline.parallel import strategy_class
 
@@ -74,7 +75,7 @@ def device_of(config: Config, local_rank: int) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(config: Config) -> Iterator[Ranks]:
-    """The ranks of this run, from the environment that torch's launcher (or SLURM) sets."""
+    """The ranks of this run, from the environment (pipeline.rendezvous) that their supervisor sets."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size != config.parallel.world_size:
@@ -91,6 +92,12 @@ def process_group(config: Config) -> Iterator[Ranks]:
         return
     # gloo beside nccl: checkpoints and decisions travel on the CPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        backend,
+        store=rendezvous.store(COLLECTIVE_TIMEOUT),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
     yield ranks
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

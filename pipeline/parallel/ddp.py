@@ -31,12 +31,18 @@ class Strategy(_strategy.Strategy):
         return parallel.replicate > 1
 
     def apply(self, model: Model) -> nn.Module:
-        from torch.nn.parallel import DistributedDataParallel
-
         if self._replicas:
             return super().apply(model)
+        from torch.nn.parallel import DistributedDataParallel
+
+        whole = super().apply(model)
         devices = [self.ranks.device] if self.ranks.device.type == "cuda" else None
-        return DistributedDataParallel(super().apply(model), device_ids=devices, gradient_as_bucket_view=True)
+        if self.parallel.compile:
+            return DistributedDataParallel(whole, device_ids=devices, gradient_as_bucket_view=True)
+        from pipeline.parallel._uncompiled import UncompiledDDP, without_compiler
+
+        with without_compiler():
+            return UncompiledDDP(whole, device_ids=devices, gradient_as_bucket_view=True)
 
     def micro_batch(
         self, model: nn.Module, *, last: bool, whole: bool
