@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLURM := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core
 
-.PHONY: demo test lint bench browser slurm clean
+.PHONY: demo test lint bench faults browser slurm clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -53,6 +53,9 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.projection
 	$(BIN)/python -m benchmarks.simulate_sync
+
+faults: $(VENV)/.dev      # kills, full disks, damaged files and the like; some twenty minutes
+	$(BIN)/python -m tests.faults
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
