@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SLURM := slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core
 
-.PHONY: demo test lint bench browser slurm clean
+.PHONY: demo test lint bench faults browser slurm clean
 .DEFAULT_GOAL := demo
 
 $(VENV)/.demo: pyproject.toml constraints.txt
@@ -45,6 +45,9 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev   # half an hour on two cores, which nothing else should use
 	$(BIN)/python -m benchmarks.guard
+
+faults: $(VENV)/.dev      # kills, full disks, damaged files and the like; some twenty minutes
+	$(BIN)/python -m tests.faults
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -192,7 +192,7 @@ class Task:
         status = run.status()
         if wish and status and status.state == wish:  # as rank 0 wrote when it had saved a checkpoint
             return Outcome(wish, _STOPPED, f"{self._cause(config)}, with a checkpoint")
-        return Outcome("DONE", 0)
+        return worker.done(config, run)
 
     def _to_stop(self) -> bool:
         if self.fate is None and self.warned:
@@ -272,7 +272,7 @@ class Task:
         if not ended:  # well, or because the others did
             return 0
         if ended < 0:
-            worker.record_error(run, start.attempt, self.rank, f"was killed by {signal.Signals(-ended).name}")
+            worker.record_error(run, start.attempt, self.rank, f"was killed by {worker.signal_name(-ended)}")
         patience = time.monotonic() + 2 * PEER_GRACE_S  # for the task of rank 0 to take note
         while not notes.ended() and time.monotonic() < patience:
             time.sleep(POLL_S)

@@ -24,7 +24,7 @@ from launchers.screen import conclude, screen
 from launchers.state import UNFINISHED, Queue
 from launchers.table import make_console, progress, say, tally
 from pipeline.config import Config
-from pipeline.worker import SHUTDOWN_TIMEOUT_S, STOP_GRACE_S, threads_per_rank
+from pipeline.worker import SHUTDOWN_TIMEOUT_S, STOP_GRACE_S, signal_name, threads_per_rank
 
 POLL_S = 0.1
 GRACE_S = STOP_GRACE_S + SHUTDOWN_TIMEOUT_S + 5  # between SIGTERM and SIGKILL: longer than a worker's own
@@ -183,7 +183,7 @@ class LocalSweep:
         del self._workers[run.id]
         left = self._state(worker.point)
         if left in ("new", "lost"):
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            how = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
             error = f"the worker was {how}" if code < 0 else f"the worker {how} without a word"
             run.update_status(state=verdict, exit_code=code, error=error)
             left = self._state(worker.point)

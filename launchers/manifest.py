@@ -41,11 +41,37 @@ def path(sweep: str) -> Path:
 
 def read(sweep: str) -> Manifest | None:
     try:
-        manifest: Manifest = json.loads(path(sweep).read_text(encoding="utf-8"))
+        manifest = json.loads(path(sweep).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except ValueError as error:
+        raise _no_manifest(sweep, str(error)) from None
+    if not isinstance(manifest, dict):
+        raise _no_manifest(sweep, "it is no mapping")
     # Sweeps of before there were clusters.
-    return {"launcher": "local", "jobs": []} | manifest
+    found: Manifest = {"launcher": "local", "jobs": [], "common": {}} | manifest
+    for key, kind in _KINDS.items():
+        if not isinstance(found.get(key), kind):
+            raise _no_manifest(sweep, f"{key}: {found.get(key)!r}")
+    for kind, each in [*((_POINT, p) for p in found["points"]), *((_JOB, j) for j in found["jobs"])]:
+        if not isinstance(each, dict) or any(not isinstance(each.get(k), t) for k, t in kind.items()):
+            raise _no_manifest(sweep, f"{each!r}"[:80])
+    return found
+
+
+_KINDS: dict[str, Any] = {
+    "name": str, "created": int | float, "command": list, "launcher": str, "axes": list, "common": dict,
+    "points": list, "jobs": list,
+}  # fmt: skip
+_POINT: dict[str, Any] = {"run": str | None, "axes": dict, "overrides": list, "problem": str | None}
+_JOB: dict[str, Any] = {"name": str, "kind": str, "runs": list, "ids": list | None}
+
+
+def _no_manifest(sweep: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path(sweep)}: not a manifest: {why}. Bring it back from a copy; or delete it and give the sweep's "
+        f"command again: done runs stay as they are"
+    )
 
 
 def load(sweep: str) -> Manifest:

@@ -30,7 +30,7 @@ from launchers.table import (
     table,
     tally,
 )
-from pipeline.config import Config, common_unit
+from pipeline.config import Config, ConfigError, common_unit
 from pipeline.store import Row, RunDirectory, home, python, read_rows
 
 REDRAW_S = 0.5
@@ -108,7 +108,10 @@ def tokens_at_begin(point: Point, attempt: int) -> int | None:
     """The tokens that an attempt took over from its checkpoint; None before its first row. Its own work
     starts there, and what an earlier attempt did beyond it is done again."""
     assert point.config
-    rows = read_rows(point.directory.metrics_file)
+    try:
+        rows = read_rows(point.directory.metrics_file)
+    except ConfigError:  # a damaged line: the run's own trouble
+        return None
     first = next((row for row in rows if row["attempt"] == attempt), None)
     if first is None:
         return None

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import io
 import json
-import pickle
 import shutil
 import warnings
 import zipfile
@@ -325,11 +324,14 @@ class Checkpointer:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.state_dict import set_state_dict
 
+        from pipeline.plain_reader import Planner, Reader
+
         tensors = self._tensors()
         if not captured:
             tensors.pop("captured", None)
         try:
-            dcp.load(tensors, checkpoint_id=path, process_group=self._group)
+            reader = Reader(path)
+            dcp.load(tensors, storage_reader=reader, planner=Planner(), process_group=self._group)
         except dcp.CheckpointException as error:
             for rank, (cause, _) in error.failures.items():
                 # All checksums were right: it is not the checkpoint that is to blame, and it must stay.
@@ -454,8 +456,11 @@ def _crc32(tree: dict[str, Any]) -> int:
 
 def _entries(path: Path, metadata: bytes, version: str) -> dict[Any, Any]:
     """Where each tensor lies. `metadata` is what torch, of that version, wrote."""
+    from pipeline.plain_reader import index_of
+
     try:
-        return pickle.loads(metadata).storage_data
+        entries: dict[Any, Any] = index_of(metadata).storage_data
+        return entries
     except Exception as error:  # its checksum was right: the bytes are not to blame, whatever this raises
         raise ConfigError(
             f"{path}: torch {torch.__version__} cannot read what torch {version} wrote "
@@ -479,13 +484,15 @@ def _load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names in the checkpoint begin so, by the rest of their names."""
     import torch.distributed.checkpoint as dcp
 
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    from pipeline.plain_reader import Planner, Reader
+
+    metadata = Reader(path).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
         if name.startswith(prefix)
     }
-    dcp.load(found, checkpoint_id=path, no_dist=True)
+    dcp.load(found, storage_reader=Reader(path), planner=Planner(), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 

@@ -23,10 +23,12 @@ import shutil
 import socket
 import sys
 import time
+import typing
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, get_args
 
 import yaml
 
@@ -39,6 +41,8 @@ StopState = Literal["CANCELLED", "PREEMPTED"]
 Row = dict[str, Any]
 
 _CHECKPOINT = re.compile(r"step-\d+")
+_ATTEMPT = re.compile(r"attempt-(\d+)\.")
+_SEAL = re.compile(r"# frozen, crc32 ([0-9a-f]{8})\n")
 
 # libyaml's, several times as fast, where PyYAML was built with it.
 _Dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -110,6 +114,25 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync_directory(path.parent)
 
 
+def sealed(text: str) -> str:
+    """With a first line by which a change is noticed."""
+    return f"# frozen, crc32 {zlib.crc32(text.encode()):08x}\n{text}"
+
+
+def _unsealed(text: str) -> str:
+    """Raises ValueError when it was changed since. Earlier versions sealed nothing."""
+    if not (seal := _SEAL.match(text)):
+        return text
+    text = text[seal.end() :]
+    if zlib.crc32(text.encode()) != int(seal[1], 16):
+        raise ValueError("its checksum differs")
+    return text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def sync_directory(path: Path) -> None:
     """The names in this directory as they are now survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -146,6 +169,27 @@ class Status:
     mesh: str | None = None
     exit_code: int | None = None
     error: str | None = None
+
+
+@functools.cache
+def _status_types() -> dict[str, Any]:
+    numbers = {float | None: float | int | None}  # JSON writes 1.0 as it likes
+    hints = typing.get_type_hints(Status)
+    return {name: numbers.get(hint, hint) for name, hint in hints.items() if name != "state"}
+
+
+def _status_of(text: str) -> Status:
+    """Raises ValueError for what is no status.json."""
+    tree = json.loads(text)
+    if not isinstance(tree, dict) or tree.get("state") not in get_args(State):
+        raise ValueError("it names no state")
+    types = _status_types()
+    if unknown := tree.keys() - types.keys() - {"state"}:
+        raise ValueError(f"it holds {', '.join(sorted(unknown))}")
+    for key, kind in types.items():
+        if key in tree and not isinstance(tree[key], kind):
+            raise ValueError(f"{key}: {tree[key]!r}")
+    return Status(**tree)
 
 
 class AlreadyRunning(RuntimeError):
@@ -204,17 +248,26 @@ class RunDirectory:
                     write_atomically(self.schedule_file, own_schedules.source(schedule))
                 if status is None or status.state != "DONE":
                     text = yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
-                    write_atomically(self.config_file, text)
+                    write_atomically(self.config_file, sealed(text))
                 if status is None:
                     self.write_status(Status("PENDING", budget_tokens=config.budget_tokens, unit=config.unit))
         except AlreadyRunning:
             return
 
     def config(self) -> Config:
+        """Raises ConfigError, also where the file is not what was frozen: a run of other settings would bear
+        the same name."""
         try:
-            tree = yaml.load(self.config_file.read_text(encoding="utf-8"), _Loader)
+            tree = yaml.load(_unsealed(self.config_file.read_text(encoding="utf-8")), _Loader)
+            if not isinstance(tree, Mapping):
+                raise ValueError("it holds no settings")
         except FileNotFoundError:
             raise ConfigError(f"{self.path}: holds no config.yaml, so it is no run directory") from None
+        except (ValueError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{self.config_file}: is not what was frozen ({_first_line(error)}). Bring it back from a "
+                f"copy; or move {self.path} away and give the command that asked for the run: it begins again"
+            ) from None
         config = thawed(tree)
         own_schedules.note(config.batch.schedule, self.schedule_file)
         return config
@@ -222,18 +275,45 @@ class RunDirectory:
     # status
 
     def status(self) -> Status | None:
-        """None when nothing was started or submitted here."""
+        """None when nothing was started or submitted here.
+
+        What is damaged counts as FAILED and says so: everything in it can be had again, and the run goes on
+        when it is asked for again.
+        """
         try:
-            return Status(**json.loads(self.status_file.read_text(encoding="utf-8")))
+            return self._read_status()
         except FileNotFoundError:
             return None
+        except ValueError as error:
+            lost = f"status.json cannot be read ({_first_line(error)}); the run goes on when asked for again"
+            return Status("FAILED", attempt=self.newest_attempt(), error=lost)
+
+    def _read_status(self) -> Status:
+        """Raises ValueError for a damaged file."""
+        return _status_of(self.status_file.read_text(encoding="utf-8"))
+
+    def newest_attempt(self) -> int:
+        """The number of the last attempt; 0 before the first. The logs and the record know it, too: an
+        attempt with a number that was there before would count as replaced by the one that had it."""
+        named = (_ATTEMPT.match(path.name) for path in self.logs.glob("attempt-*"))
+        found = [int(name[1]) for name in named if name]
+        row = self.last_row()
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            found.append(self._read_status().attempt)
+        return max([*found, row["attempt"] if row else 0])
 
     def write_status(self, status: Status) -> None:
         status = dataclasses.replace(status, updated=time.time())
         write_atomically(self.status_file, json.dumps(dataclasses.asdict(status), indent=1) + "\n")
 
     def update_status(self, **changes: Any) -> None:
-        self.write_status(dataclasses.replace(self.status() or Status("PENDING"), **changes))
+        try:
+            status = self._read_status()
+        except FileNotFoundError:
+            status = Status("PENDING")
+        except ValueError:  # damaged under the run
+            status = Status("RUNNING", attempt=self.newest_attempt())
+        self.write_status(dataclasses.replace(status, **changes))
 
     # lock
 
@@ -297,19 +377,22 @@ class RunDirectory:
     # metrics
 
     def rows(self) -> list[Row]:
-        """The record, one row per logged step: re-executed steps appear once, from the latest attempt."""
+        """The record, one row per logged step: re-executed steps appear once, from the latest attempt.
+
+        Raises ConfigError when it is damaged."""
         return supersede(read_rows(self.metrics_file))
 
     def last_row(self) -> Row | None:
-        """The newest training row, read from the end of the record: cheap enough for a live table."""
+        """The newest training row, read from the end of the record: cheap enough for a live table, which
+        passes over damaged lines."""
         try:
             with open(self.metrics_file, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 lines = file.read().split(b"\n")[1 if file.tell() > _TAIL_BYTES else 0 : -1]
         except FileNotFoundError:
             return None
-        rows = (decode(json.loads(line)) for line in reversed(lines))
-        return next((row for row in rows if "train/loss" in row), None)
+        rows = (_row_of(line) for line in reversed(lines))
+        return next((row for row in rows if row and "train/loss" in row), None)
 
 
 def try_lock(file: TextIO, kind: int) -> bool:
@@ -322,12 +405,42 @@ def try_lock(file: TextIO, kind: int) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Every whole line of a metrics.jsonl, in order; a torn last line is left out."""
+    """Every whole line of a metrics.jsonl, in order; a torn last line is left out. Raises ConfigError for one
+    that is no row."""
+    rows, left = _rows_before_damage(path)
+    if left:
+        raise ConfigError(
+            f"{path}, line {len(rows) + 1}: is no row of a record. Bring the file back from a copy; without "
+            f"one, delete {path.parent} to train the run again"
+        )
+    return rows
+
+
+def _rows_before_damage(path: Path) -> tuple[list[Row], int]:
+    """The rows of a metrics.jsonl up to the first line that is none, and how many bytes follow."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return []
-    return [decode(json.loads(line)) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        return [], 0
+    lines = data.split(b"\n")[:-1]
+    left, rows = sum(map(len, lines)) + len(lines), []
+    for line in lines:
+        if (row := _row_of(line)) is None:
+            break
+        rows.append(row)
+        left -= len(line) + 1
+    return rows, left
+
+
+def _row_of(line: bytes) -> Row | None:
+    """None: the line is no row of a record."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or any(type(row.get(key)) is not int for key in ("step", "attempt")):
+        return None
+    return decode(row)
 
 
 def supersede(rows: list[Row]) -> list[Row]:
@@ -360,6 +473,30 @@ class MetricsWriter:
         data = path.read_bytes()
         if not data.endswith(b"\n"):  # a write torn by a full disk or a power cut
             os.ftruncate(self._fd, data.rfind(b"\n") + 1)
+
+    def go_on_after(self, step: int, first: int | None = 1) -> None:
+        """Sees to it that the rows of steps `first` (None: of the first there is) to `step` are all there. A
+        damaged line after them, which a power cut may leave, is cut off with the rest: all that is trained
+        again.
+
+        Raises ConfigError when rows are lost that no attempt will write again.
+        """
+        rows, left = _rows_before_damage(self._path)
+        steps = {row["step"] for row in rows if "train/loss" in row}
+        begin = min(steps, default=1) if first is None else first
+        missing = sorted(set(range(begin, step + 1)) - steps)
+        evaluation = (
+            step > 0 and left > 0 and max(steps, default=0) <= step
+        )  # may be what the damaged line was
+        if missing or evaluation:
+            where = f"line {len(rows) + 1} is no row" if left else f"step {missing[0]} is missing"
+            raise ConfigError(
+                f"{self._path}: {where}, and the run would go on after step {step}. Bring the file "
+                f"back from a copy, or delete {self._path.parent / 'checkpoints'} to train it all again"
+            )
+        if left:
+            report(f"{self._path.name}: line {len(rows) + 1} is no row; cut off there, after step {step}")
+            os.ftruncate(self._fd, os.fstat(self._fd).st_size - left)
 
     def write(self, row: Row) -> None:
         self._waiting += (json.dumps(_encode(row), allow_nan=False) + "\n").encode()

@@ -472,7 +472,10 @@ class Trainer:
 
     def resume(self) -> None:
         """Goes on from the newest checkpoint, or starts at the beginning, or where it branches off."""
-        if saved := self.checkpoints.restore():
+        saved = self.checkpoints.restore()
+        if self.metrics:
+            self.metrics.go_on_after(saved.step if saved else 0, None if self.config.branch.run else 1)
+        if saved:
             self.progress = saved
             if self.ranks.is_main:
                 report(f"resumed at step {self.progress.step}, {self.tokens} {self.config.unit}")

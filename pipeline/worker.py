@@ -90,7 +90,7 @@ def supervise(config: Config, run: RunDirectory, changes: Sequence[str]) -> int:
     """
     with run.lock():
         status = run.status()
-        if status and status.state == "DONE":
+        if status and status.state == "DONE" and _at_the_end(config, run):
             print(f"run {run.id} is done: {run.path}")
             return 0
         stops = Stops(run)
@@ -119,8 +119,7 @@ class Outcome:
 
 def begin(config: Config, run: RunDirectory, job: str | None = None) -> int:
     """Records that an attempt begins, where, and with which software. Its number. The caller has the lock."""
-    status = run.status()
-    attempt = status.attempt + 1 if status else 1
+    attempt = run.newest_attempt() + 1
     run.clear_stop()
     run.update_status(
         state="RUNNING",
@@ -205,7 +204,7 @@ class Stops:
         """Of an attempt that was stopped."""
         number = self._number or signal.SIGTERM  # without a signal: somebody else wrote the stop file
         late = f"; no checkpoint within {STOP_GRACE_S:g} s" if self._overdue else ""
-        return Outcome("CANCELLED", 128 + number, f"stopped by {signal.Signals(number).name}{late}")
+        return Outcome("CANCELLED", 128 + number, f"stopped by {signal_name(number)}{late}")
 
     def _receive(self, number: int, frame: object) -> None:
         self._number = self._number or number
@@ -271,7 +270,29 @@ def _run_ranks(
         return failed(run, attempt, *failure)
     status = run.status()
     stopped = status is not None and status.state in get_args(StopState)
-    return stops.outcome() if stopped else Outcome("DONE", 0)
+    return stops.outcome() if stopped else done(config, run)
+
+
+def done(config: Config, run: RunDirectory) -> Outcome:
+    """Of an attempt whose ranks all ended well, as far as the record bears it out."""
+    try:
+        if _at_the_end(config, run):
+            return Outcome("DONE", 0)
+    except ConfigError as damage:
+        return Outcome("FAILED", 1, str(damage))
+    return Outcome(
+        "FAILED",
+        1,
+        f"{run.metrics_file}: lacks the end of the run. Bring it back from a copy; without one, delete "
+        f"{run.checkpoints} to train again from the beginning",
+    )
+
+
+def _at_the_end(config: Config, run: RunDirectory) -> bool:
+    """Whether the record of the run goes to its end. Raises ConfigError when it is damaged."""
+    rows = run.rows()
+    trained = [row for row in rows if "train/loss" in row]
+    return bool(trained) and trained[-1]["sequences"] >= config.budget_sequences and "val/loss" in rows[-1]
 
 
 def _start_ranks(
@@ -368,13 +389,21 @@ def failed(run: RunDirectory, attempt: int, rank: int, code: int) -> Outcome:
     if not run.exists():
         return Outcome("FAILED", exit_code, f"{run.path} was deleted under the run")
     if code < 0:
-        name = signal.Signals(-code).name
-        return Outcome("FAILED", 1, f"rank {rank} was killed by {name} (signal {-code}) after step {step}")
+        how = f"{signal_name(-code)} (signal {-code})"
+        return Outcome("FAILED", 1, f"rank {rank} was killed by {how} after step {step}")
     with contextlib.suppress(FileNotFoundError):
         if line := error_file(run, attempt, rank).read_text(encoding="utf-8"):
             return Outcome("FAILED", exit_code, f"rank {rank}: {line}")
     line = f"rank {rank} exited with code {code} after step {step}; see {run.logs}"
     return Outcome("FAILED", exit_code, line)
+
+
+def signal_name(number: int) -> str:
+    """`SIGKILL`; those of real time have none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"
 
 
 @contextlib.contextmanager

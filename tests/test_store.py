@@ -117,8 +117,9 @@ def test_find_by_id_prefix_or_path(home: Path):
 def test_non_finite_numbers_are_strings_in_the_record(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     writer = MetricsWriter(path)
-    writer.write({"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "capped"})
+    writer.write({**row(1), "a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.1, "e": "capped"})
     assert json.loads(path.read_text()) == {
+        **row(1),
         "a": "NaN",
         "b": "Infinity",
         "c": "-Infinity",

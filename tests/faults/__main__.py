@@ -1,0 +1,95 @@
+"""python -m tests.faults [FAMILY…] [--seed N] [--share x/y] [--json]: injects faults and counts what became of
+the runs. Exit code 1 when data were lost or something hung, or when all were asked for and too few injected."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+from tests.faults import families, runs  # noqa: F401
+from tests.faults.campaign import BAD, FAMILIES, OUTCOMES, Tally, campaign
+
+AT_LEAST = 500
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    if unknown := set(options.family) - set(FAMILIES):
+        print(f"{', '.join(unknown)}: no such family. There are: {', '.join(FAMILIES)}", file=sys.stderr)
+        return 2
+    chosen = [FAMILIES[name] for name in options.family or FAMILIES]
+    part, parts = map(int, options.share.split("/"))
+    began = time.monotonic()
+    lab = Path(tempfile.mkdtemp(prefix="crescendo-faults-"))
+    with open(lab / "prepare.log", "w") as log:
+        prepared = get_context("forkserver").Process(target=_prepare, args=(lab, log.name))
+        prepared.start()
+        prepared.join(600)
+    if prepared.exitcode != 0:
+        print(f"the runs that faults are to befall could not be made: {lab}/prepare.log", file=sys.stderr)
+        return 2
+    tallies = campaign(
+        chosen, lab, options.seed, (part, parts), options.jobs, lambda tally: _tell(tally, lab)
+    )
+    injected = sum(len(tally.verdicts) for tally in tallies)
+    bad = sum(tally.count(outcome) for tally in tallies for outcome in BAD)
+    too_few = not options.family and parts == 1 and injected < AT_LEAST
+    if options.json:
+        print(json.dumps([asdict(tally) for tally in tallies], indent=1))
+    else:
+        print(_table(tallies, time.monotonic() - began))
+        if too_few:
+            print(f"{injected} are fewer than {AT_LEAST}")
+    if bad:
+        print(f"what they left: {lab}/faults", file=sys.stderr)
+    else:
+        shutil.rmtree(lab)
+    return 1 if bad or too_few else 0
+
+
+def _prepare(lab: Path, log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    runs.prepare(lab)
+
+
+def _tell(tally: Tally, lab: Path) -> None:
+    """A line for a family that is through, and one for each fault that ended badly."""
+    counts = ", ".join(f"{tally.count(outcome)} {outcome}" for outcome in OUTCOMES if tally.count(outcome))
+    print(f"{tally.family}: {counts} ({tally.seconds:.0f} s)", file=sys.stderr, flush=True)
+    for number, verdict in tally.verdicts.items():
+        if verdict.outcome in BAD:
+            print(f"  {number}: {verdict.outcome}: {verdict.why}", file=sys.stderr, flush=True)
+
+
+def _table(tallies: list[Tally], seconds: float) -> str:
+    head = ["family", "injected", *OUTCOMES]
+    rows = [[t.family, len(t.verdicts), *map(t.count, OUTCOMES)] for t in tallies]
+    rows.append(["all", *(sum(int(row[i]) for row in rows) for i in range(1, len(head)))])
+    lines = [f"{row[0]:24}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in [head, *rows]]
+    return "\n".join([*lines, f"in {seconds:.0f} s"])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m tests.faults", description=__doc__)
+    parser.add_argument("family", nargs="*", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--seed", type=int, default=0, help="of what the faults draw")
+    parser.add_argument(
+        "--share", default="1/1", metavar="x/y", help="every y-th fault of each family, from the x-th"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 2, help="faults at a time")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
