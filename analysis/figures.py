@@ -24,7 +24,7 @@ from analysis.look import Spec
 from analysis.panels import Axis, Panel, Quantity
 from analysis.projection import Projection
 from analysis.statistics import Estimate
-from analysis.summary import Schedule
+from analysis.summary import Schedule, batch_unit
 from pipeline.config import common_unit
 
 VEGA_LITE = "6.4"
@@ -128,7 +128,7 @@ class Drawing:
 
     @property
     def batch_unit(self) -> str:
-        return "samples" if self.unit == "samples" else "sequences"
+        return batch_unit(self.unit)
 
     @property
     def first(self) -> tuple[str, ...]:

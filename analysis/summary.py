@@ -308,6 +308,11 @@ def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{key: value for key, value in own.items() if (key, value) not in shared} for own in settings]
 
 
+def batch_unit(unit: str) -> str:
+    """What batches count where budgets count `unit`: a labelled sample is a sequence of one token."""
+    return "samples" if unit == "samples" else "sequences"
+
+
 def comparable(one: Schedule, other: Schedule) -> bool:
     """Whether their losses are losses of the same task, as far as that is known."""
     return one.task == other.task or not one.task or not other.task

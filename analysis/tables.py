@@ -153,14 +153,14 @@ def _overall_fields(overall: Overall) -> dict[str, Any]:
     }
 
 
-def _projection_fields(projection: Projection) -> dict[str, Any]:
+def _projection_fields(projection: Projection, notes: list[str]) -> dict[str, Any]:
     return {
         "network": vars(projection.network),
         "given": projection.given,
         "schedules": projection_table(projection).to_dicts(),
         "missing": projection.missing,
         "checks": [{**vars(check), "error": check.error} for fit in projection.fits for check in fit.checks],
-        "notes": projection.notes,
+        "notes": notes,
     }
 
 
@@ -227,7 +227,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "overall": [_overall_fields(overall) for overall in report.overall],
         "runs": [{**_run_row(report, run), "axes": run.axes} for run in report.sweep.runs],
         "tables": [f"tables/{name}.csv" for name in tables(report)],
-        "projection": _projection_fields(report.projection),
+        "projection": _projection_fields(report.projection, report.projection_notes),
         "figures": [
             f"figures/{figure.name}.{kind}" for figure in report.figures for kind in ("png", "svg", "pdf")
         ],

@@ -30,7 +30,6 @@ import json
 import math
 import os
 import platform
-import resource
 import socket
 import statistics
 import sys
@@ -48,6 +47,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import peak_mib
 from benchmarks.step import COMMON, EVERY_STEP
 from benchmarks.timing import Seconds, in_turns, ratio
 from pipeline.batch import norm_test
@@ -326,7 +326,7 @@ def footprint(ranks: Ranks, overrides: list[str], accumulation: int, name: str) 
     if ranks.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(ranks.device) / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = peak_mib()
     with Sent(ranks.world_size) as sent:
         step()
     trainer.close(0)
