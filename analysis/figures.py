@@ -33,6 +33,8 @@ MARKED_POINTS = 1_000  # of all runs together: more are a smear, and slow to dra
 
 @dataclass(frozen=True)
 class Figure:
+    """A figure of the report, with its words."""
+
     name: str
     title: str
     caption: str

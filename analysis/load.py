@@ -84,6 +84,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
+    """A sweep as it was found. Its points are in `runs`, their logged rows in `record`."""
+
     name: str
     command: list[str]
     created: float | None

@@ -119,6 +119,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Outlook:
+    """What a schedule would take, on more GPUs."""
+
     schedule: str
     baseline: str | None
     seeds: int
@@ -133,6 +135,8 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Projection:
+    """All that `project` found; its words are in analysis.projection_notes."""
+
     gpu_counts: tuple[int, ...]
     network: Network
     given: bool  # the network was asked for, not the one that the runs saw

@@ -35,6 +35,8 @@ from pipeline.config import common_unit
 
 @dataclass(frozen=True)
 class Report:
+    """All that a report says, before it is written as a page, as Markdown, as LaTeX or as JSON."""
+
     sweep: Sweep
     written: float  # Unix seconds
     numbers: dict[int, RunNumbers]  # by point, whatever the run's state

@@ -285,6 +285,7 @@ def _label(setting: dict[str, str], sweep: Sweep, runs: list[Run]) -> str:
 
 
 def in_short(setting: Mapping[str, str]) -> str:
+    """As a label: `norm_test · eta=0.2`."""
     return " · ".join(
         (value or EMPTY) if "." not in axis else f"{axis.rsplit('.', 1)[-1]}={value}"
         for axis, value in setting.items()
@@ -330,4 +331,5 @@ def tasks(schedules: Sequence[Schedule]) -> dict[str, list[Schedule]]:
 
 
 def show(value: object) -> str:
+    """As Hydra would have it typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -58,6 +58,7 @@ def _run_row(report: Report, run: Run) -> dict[str, Any]:
 
 
 def schedules_table(report: Report) -> pl.DataFrame:
+    """One row for each schedule."""
     return pl.DataFrame([_schedule_row(report, s) for s in report.schedules], infer_schema_length=None)
 
 
@@ -252,6 +253,7 @@ def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
+    """What JSON can hold: NaN and infinities by their names, as in the record."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

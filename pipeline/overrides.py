@@ -103,6 +103,7 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    """What a user is told who asks for it."""
     return (
         f"{group}={option}: no such option of {group}."
         + did_you_mean(option.lower(), options)
@@ -137,8 +138,10 @@ def _value_for_a_group(arguments: Sequence[str]) -> list[str]:
 
 
 def group_names() -> list[str]:
+    """What an option is chosen of: the directories of conf/ but Hydra's own."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def options_of(group: str) -> list[str]:
+    """Of a group of conf/: its files."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

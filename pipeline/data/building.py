@@ -24,10 +24,11 @@ from typing import IO, Any
 
 from pipeline.config import ConfigError, DataConfig
 from pipeline.data.corpus import Report
-from pipeline.data.journal import JOURNAL, Journal, write_durably
+from pipeline.data.journal import JOURNAL, Journal
 from pipeline.data.parts import BUFFER_BYTES, SPLITS, Job, Part, tokenise_part
 from pipeline.data.sources import Piece, pieces
 from pipeline.data.tokenizers import load, token_type
+from pipeline.store import write_atomically
 
 _JOURNAL_INTERVAL_S = 30.0
 _PART_BYTES = {"bytes": 2**26, "file": 2**23}  # of text per part: a second to a few of one core's work
@@ -51,7 +52,7 @@ def build(data: DataConfig, found: str, tokenizer: str, directory: Path, say: Re
         if not report["documents"]:
             raise ConfigError(f"no document can be used: {_skipped(report)}", *report["examples"])
         report = {"fingerprint": found, "tokenizer": tokenizer, **report}
-        write_durably(partial / "report.json", json.dumps(report, indent=1) + "\n")
+        write_atomically(partial / "report.json", json.dumps(report, indent=1) + "\n")
         shutil.rmtree(parts)
         (partial / JOURNAL).unlink(missing_ok=True)
         os.rename(partial, directory)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.parts import BUFFER_BYTES, EXAMPLES_PER_REASON, SPLITS, Part
+from pipeline.store import write_atomically
 
 JOURNAL = "journal.json"
 
@@ -91,12 +92,4 @@ class Journal:
 
     def write(self, directory: Path) -> None:
         tree = {**vars(self), "totals": self.totals.tree()}
-        write_durably(directory / f"{JOURNAL}.new", json.dumps(tree))
-        os.replace(directory / f"{JOURNAL}.new", directory / JOURNAL)
-
-
-def write_durably(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        write_atomically(directory / JOURNAL, json.dumps(tree))
