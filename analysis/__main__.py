@@ -16,7 +16,8 @@ from analysis.projection import GPU_COUNTS
 from analysis.render import write
 from analysis.report import Report, build
 from analysis.sources import SOURCES
-from analysis.study import EXAMPLE, load_study
+from analysis.study import load_study
+from analysis.study_file import EXAMPLE
 from analysis.synchronisation import Network
 from analysis.tables import to_json
 from pipeline.config import ConfigError

@@ -88,6 +88,7 @@ def batch_size(trace: Trace) -> Curve | None:
 
 
 def noise_scale(trace: Trace) -> Curve | None:
+    """Running median of `stat/noise_scale`, in sequences; None where nothing was measured."""
     rows = trace.rows.filter(pl.col("stat/noise_scale").is_finite())
     y = align.running_median(rows["stat/noise_scale"].to_numpy(), 2 * int(MEDIAN_SHARE * len(rows) / 2) + 1)
     return trace.curve(rows, y) if len(rows) else None
@@ -172,6 +173,7 @@ def _points(per_line: int, in_all: int, lines: int) -> int:
 
 
 def smooth(x: Array, y: Array, grid: Array) -> Array:
+    """Means of y over windows of SMOOTHING of the axis, at the places of `grid`."""
     return align.window_mean(x, y, grid, SMOOTHING * float(x[-1]))
 
 
@@ -222,6 +224,7 @@ def projected(projection: Projection, number: Literal["seconds", "gpu_hours"]) -
 
 
 def rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """One object for each point, as Vega-Lite takes them."""
     return [dict(zip(dataset, values, strict=True)) for values in zip(*dataset.values(), strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""A file for analysis.study, filled in as far as a project at wandb tells: a beginning, to be corrected."""
+"""A file as analysis.study_file has it, filled in as far as a project at wandb tells: to be corrected."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from analysis.look import Spec
 from analysis.panels import Axis, Panel, Quantity
 from analysis.projection import Projection
 from analysis.statistics import Estimate
-from analysis.summary import Schedule
+from analysis.summary import Schedule, batch_unit
 from pipeline.config import common_unit
 
 VEGA_LITE = "6.4"
@@ -33,6 +33,8 @@ MARKED_POINTS = 1_000  # of all runs together: more are a smear, and slow to dra
 
 @dataclass(frozen=True)
 class Figure:
+    """A figure of the report, with its words."""
+
     name: str
     title: str
     caption: str
@@ -128,7 +130,7 @@ class Drawing:
 
     @property
     def batch_unit(self) -> str:
-        return "samples" if self.unit == "samples" else "sequences"
+        return batch_unit(self.unit)
 
     @property
     def first(self) -> tuple[str, ...]:

@@ -21,6 +21,8 @@ _PARAMETERS = {"eta": "η", "theta": "θ", "c": "c"}
 
 @dataclass(frozen=True)
 class LauRow:
+    """One schedule, under the name that the paper gives it."""
+
     name: str
     schedule: Schedule
 
@@ -32,6 +34,8 @@ class LauRow:
 
 @dataclass(frozen=True)
 class Block:
+    """The schedules of one model."""
+
     model: str
     rows: list[LauRow]
 

@@ -22,7 +22,6 @@ from analysis.sources import ONLINE, Log, Logs, Origin, attempt, source
 from pipeline.config import ClassifierConfig, Config, ConfigError, LlamaConfig, did_you_mean
 from pipeline.identity import identity_fields
 from pipeline.store import RunDirectory, State, Status, home
-from pipeline.throughput import flops_per_token
 
 UNKNOWN = "?"
 SEED = "seed"  # runs that differ in this axis alone are the same schedule
@@ -73,7 +72,7 @@ class Run:
         if self.config is None or not isinstance(self.config.model, LlamaConfig):
             return None
         times = self.config.sync.redundancy if self.config.sync.method == "gradient_coding" else 1
-        return times * flops_per_token(self.config.model, self.config.data.sequence_length)
+        return times * self.config.model.flops_per_token(self.config.data.sequence_length)
 
     def _reads(self, axis: str) -> bool:
         """Whether a swept setting can change the run: a constant batch, say, does not read batch.eta."""
@@ -85,6 +84,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
+    """A sweep as it was found. Its points are in `runs`, their logged rows in `record`."""
+
     name: str
     command: list[str]
     created: float | None

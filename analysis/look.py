@@ -26,10 +26,12 @@ def colors(scheme: Scheme, n: int) -> list[str]:
 
 
 def dashes(n: int) -> list[list[int]]:
+    """Patterns of `n` lines, in Vega-Lite's pixels on and off."""
     return _shifted(DASHES, n)
 
 
 def shapes(n: int) -> list[str]:
+    """Vega-Lite's names of `n` marks."""
     return _shifted(SHAPES, n)
 
 

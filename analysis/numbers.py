@@ -21,6 +21,7 @@ def decimals_for(half_width: float) -> int:
 
 
 def fixed(value: float | None, decimals: int = LOSS_DECIMALS) -> str:
+    """So many decimals, with thousands separated: 1,234.5000; words where it is no finite number."""
     if value is None:
         return MISSING
     if not math.isfinite(value):
@@ -40,6 +41,7 @@ def with_interval(mean: float | None, half_width: float | None) -> str:
 
 
 def signed(value: float | None, decimals: int = LOSS_DECIMALS) -> str:
+    """Like `fixed`, with + before what is above 0."""
     text = fixed(value, decimals)
     return f"+{text}" if value is not None and value > 0 and text.strip("0.,") else text
 
@@ -108,6 +110,7 @@ def flops(value: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
+    """12.3 s, 4.5 min, 6.7 h, 8.9 d."""
     if seconds is None:
         return MISSING
     if seconds < 99.95:
@@ -123,6 +126,7 @@ def small(value: float | None) -> str:
 
 
 def percent(value: float | None) -> str:
+    """Of a share: 12.3%."""
     return MISSING if value is None else f"{100 * value:.1f}%"
 
 

@@ -40,6 +40,8 @@ class Panel:
 
 @dataclass(frozen=True)
 class Axis:
+    """What a panel is drawn over."""
+
     field: str
     title: str
     unit: str  # of the values, for the tooltip; the axis may count in a larger one
@@ -101,6 +103,8 @@ _SHOWN = {"filter": "indexof(hidden, datum.schedule) < 0"}
 
 @dataclass(frozen=True)
 class Quantity:
+    """What a panel draws, and how."""
+
     title: str
     scale: Spec
     axis: Spec
@@ -369,6 +373,7 @@ def final_loss(runs: Dataset, means: Dataset) -> Quantity:
 def logarithmic(
     title: str, values: Sequence[float], base: int, line: Literal["linear", "step-before"]
 ) -> Quantity:
+    """`values` are above 0 and at least one; a curve of `line` between its points."""
     low, high = min(values) * 0.9, max(values) * 1.1
     if base == 2 and high < 2 * low:  # of a single size: ticks at its half and its double
         low, high = low / 2, high * 2
@@ -422,6 +427,7 @@ def _log_axis(low: float, high: float, base: int) -> Spec:
 
 
 def finite(data: Dataset) -> list[float]:
+    """What is drawn: without gaps."""
     return [y for y in data["y"] if y is not None]
 
 

@@ -128,6 +128,7 @@ def _encoded(data: Dataset) -> dict[str, Any]:
 
 
 def render(template: str, report: Report, **more: object) -> str:
+    """The template of this name, filled. What it names and nothing has raises jinja2.UndefinedError."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=template.endswith(".html.j2"),

@@ -15,8 +15,9 @@ from analysis.evaluations import EPOCHS, FLOPS, TIME, Axis, axes_of, evaluations
 from analysis.figures import Figure
 from analysis.load import Run, Sweep
 from analysis.projection import GPU_COUNTS, Projection, project, step_traces
+from analysis.projection_notes import notes
 from analysis.statistics import BOOTSTRAP_SEEDS
-from analysis.summary import MORE, RunNumbers, Schedule, run_numbers, summarise
+from analysis.summary import MORE, RunNumbers, Schedule, batch_unit, run_numbers, summarise
 from analysis.synchronisation import Network
 from analysis.target import Target, check_target, reach_targets
 from analysis.verdict import (
@@ -34,6 +35,8 @@ from pipeline.config import common_unit
 
 @dataclass(frozen=True)
 class Report:
+    """All that a report says, before it is written as a page, as Markdown, as LaTeX or as JSON."""
+
     sweep: Sweep
     written: float  # Unix seconds
     numbers: dict[int, RunNumbers]  # by point, whatever the run's state
@@ -148,7 +151,7 @@ class Report:
 
     @property
     def batch_unit(self) -> str:
-        return "samples" if self.unit == "samples" else "sequences"
+        return batch_unit(self.unit)
 
     @property
     def more(self) -> dict[str, str]:
@@ -196,6 +199,11 @@ class Report:
         elif hosts == 1:
             notes.append("The times of each comparison are from one host.")
         return notes
+
+    @property
+    def projection_notes(self) -> list[str]:
+        """What the projection rests on, how far it can be trusted and what it assumes."""
+        return notes(self.projection)
 
     @property
     def target_notes(self) -> list[str]:

@@ -15,6 +15,7 @@ Facts = list[tuple[str, str]]
 
 
 def describe(sweep: Sweep) -> Facts:
+    """What a reader must know of the runs before their numbers: (name, value)."""
     configs = [run.config for run in sweep.runs if run.config]
     facts = [(name, _distinct(map(show, configs))) for name, show in _SETTINGS.items()]
     facts.insert(0, ("Common overrides", ", ".join(f"{k}={v}" for k, v in sweep.common.items())))
@@ -148,4 +149,5 @@ def _dates(sweep: Sweep) -> str:
 
 
 def date(unix: float) -> str:
+    """2026-01-31 12:34 UTC, from Unix seconds."""
     return datetime.datetime.fromtimestamp(unix, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")

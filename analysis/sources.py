@@ -107,6 +107,7 @@ def attempt(read: Callable[[], T], path: Path) -> tuple[T | None, str | None]:
 
 
 def damage_notes(what: str, lines: Sequence[str]) -> list[str]:
+    """One sentence of all these lines, or none of none."""
     if not lines:
         return []
     more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""

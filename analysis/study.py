@@ -1,4 +1,4 @@
-"""Anybody's runs: a file such as EXAMPLE says where they are and what their keys and metrics are called.
+"""Anybody's runs: a file such as study_file.EXAMPLE says where they are and what they call things.
 
 Rows that have none of the measured metrics are left out. A counter (step, tokens, time, sequences) that was
 logged by itself holds for the rows that follow it. Where the step goes back, or another file of the run
@@ -7,42 +7,21 @@ begins, the run was resumed: its later rows replace the earlier ones from that s
 
 from __future__ import annotations
 
-import functools
-import glob
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import polars as pl
-import yaml  # type: ignore[import-untyped]
 
-from analysis import online
-from analysis.load import SEED, UNKNOWN, PointState, Run, Sweep, record_of
-from analysis.records import COLUMNS, ROWS, latest, numbers
-from analysis.sources import OFFLINE, ONLINE, STATES, Origin, attempt, damage_notes
-from analysis.summary import RunNumbers, show
-from analysis.wandb_files import WandbRun, read_run
+from analysis.load import SEED, UNKNOWN, Run, Sweep, record_of
+from analysis.records import COLUMNS, ROWS, latest
+from analysis.sources import OFFLINE, Origin, damage_notes
+from analysis.study_file import DEFAULTS, FIELDS, Study, read_study
+from analysis.study_runs import Logged, files_of, from_files, from_server
+from analysis.summary import show
 from pipeline.config import ConfigError, did_you_mean
 from pipeline.store import home
-
-EXAMPLE = """\
-  name: study                                   # of the report
-  source: wandb-offline                         # or wandb:ENTITY/PROJECT
-  files: [wandb, "../else/*/wandb"]             # folders or files, from this file's folder; offline alone
-  filters: {group: ablation, optim.lr: 0.001}   # wandb's fields or config keys; a list: any of it
-  axes: {batch: train.batch_size, lr: optim.lr} # name in the report: config key
-  seed: seed                                    # config key; without it every run is a seed of its own
-  task: [data.name]                             # config keys; runs that differ there are never compared
-  metrics:                                      # name in the record: metric
-    train/loss: loss
-    val/loss: eval/loss
-    tokens: consumed_tokens
-    step: _step                                 # without it: wandb's count of log calls
-    time: _runtime                              # without it: wandb's clock, in seconds
-"""
 
 COUNTERS = (
     *("step", "tokens", "time", "sequences", "epochs"),
@@ -50,63 +29,8 @@ COUNTERS = (
 )
 MEASURED = tuple(column for column in COLUMNS if column not in COUNTERS)
 _PART = {"part": pl.Int32, **ROWS}
-LOSSES = ("train/loss", "val/loss")
-# Columns of the table of runs (analysis.tables) beside the axes.
-TAKEN = {
-    *("run", "schedule", "state", "attempt", "budget_tokens", "host", "started", "updated", "problem"),
-    *RunNumbers.__dataclass_fields__,
-}
-_DEFAULTS = {"step": "_step", "time": "_runtime"}
+
 _OWN = ("_step", "_runtime", "_timestamp")  # of every row
-
-# Names in the file -> how wandb's server calls them.
-_FIELDS = {
-    "group": "group",
-    "state": "state",
-    "tags": "tags",
-    "job_type": "jobType",
-    "name": "displayName",
-    "id": "name",
-}
-
-
-@dataclass(frozen=True)
-class Study:
-    """The file, checked."""
-
-    name: str
-    source: str
-    files: list[str] = field(default_factory=list)
-    filters: dict[str, Any] = field(default_factory=dict)
-    axes: dict[str, str] = field(default_factory=dict)
-    seed: str | None = None
-    task: list[str] = field(default_factory=list)
-    metrics: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> list[str]:
-        """Of the config, that must be known."""
-        own = [key for key in self.filters if key not in _FIELDS]
-        return [*self.axes.values(), *([self.seed] if self.seed else []), *self.task, *own]
-
-
-@dataclass(frozen=True)
-class Logged:
-    """One run of wandb's, wherever it was read. `parts`: its rows, one table for each file."""
-
-    id: str
-    fields: dict[str, Any]  # by the names of _FIELDS
-    started: str
-    state: PointState
-    config: dict[str, Any]
-    parts: list[pl.DataFrame]
-    url: str | None = None
-    warnings: list[str] = field(default_factory=list)
-    problem: str | None = None
-
-    @property
-    def metrics(self) -> set[str]:
-        return {name for part in self.parts for name in part.columns}
 
 
 def load_study(path: Path) -> Sweep:
@@ -118,11 +42,11 @@ def load_study(path: Path) -> Sweep:
             f"report. Choose another"
         )
     if study.source == OFFLINE:
-        paths = _paths(study, path)
-        found, lost = _read(paths, {*study.metrics.values(), *_OWN})
+        paths = files_of(study, path)
+        found, lost = from_files(paths, {*study.metrics.values(), *_OWN})
         place = ", ".join(study.files)
     else:
-        found, lost = _online(study), []
+        found, lost = from_server(study), []
         place = study.source
     if not found:
         passing = " that passes the filters" if study.filters else ""
@@ -138,7 +62,7 @@ def load_study(path: Path) -> Sweep:
     known = set().union(*(run.metrics for run in chosen))
     if not known >= set(study.metrics.values()):
         if study.source == OFFLINE:  # all names, which takes longer
-            known = set().union(*(run.metrics for run in _read(paths, None)[0]))
+            known = set().union(*(run.metrics for run in from_files(paths, None)[0]))
         _refuse_metrics(path, study, known)
     tables = {number: _rows(run, study.metrics) for number, run in enumerate(chosen)}
     runs = [_run(number, run, study, tables[number]) for number, run in enumerate(chosen)]
@@ -154,81 +78,6 @@ def load_study(path: Path) -> Sweep:
         source=Origin(study.source, place),
         cautions=[*damage_notes("Files that tell no run", lost), *_cautions(study, chosen)],
     )
-
-
-# --- the file --------------------------------------------------------------------------------------------
-
-
-def read_study(path: Path) -> Study:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: holds no settings; python -m analysis --help shows what belongs there")
-    options = list(Study.__dataclass_fields__)
-    problems = [
-        f"{path}: {key}: no such setting.{did_you_mean(str(key), options)}"
-        for key in tree
-        if key not in options
-    ]
-    if problems:
-        raise ConfigError(*problems, f"Settings: {', '.join(options)}")
-    problems = [f"{path}: {key}: missing" for key in ("name", "source", "metrics") if not tree.get(key)]
-    if problems:
-        raise ConfigError(*problems)
-    kinds = {"files": list, "filters": dict, "axes": dict, "task": list, "metrics": dict}
-    for key in ("files", "task", "axes"):  # one thing may stand for a list of one
-        if isinstance(tree.get(key), str):
-            tree[key] = [tree[key]]
-    if isinstance(tree.get("axes"), list):
-        tree["axes"] = {str(key): key for key in tree["axes"]}
-    for key, kind in kinds.items():
-        if not isinstance(tree.get(key) or kind(), kind):
-            what = "a list" if kind is list else "a mapping"
-            raise ConfigError(f"{path}: {key}: is {what}, not {tree[key]!r}")
-    study = Study(
-        name=str(tree["name"]),
-        source=str(tree["source"]),
-        files=[str(each) for each in tree.get("files") or []],
-        filters={str(key): value for key, value in (tree.get("filters") or {}).items()},
-        axes={str(name): str(key) for name, key in (tree.get("axes") or {}).items()},
-        seed=str(tree["seed"]) if tree.get("seed") else None,
-        task=[str(key) for key in tree.get("task") or []],
-        metrics=_DEFAULTS | {str(name): str(metric) for name, metric in tree["metrics"].items()},
-    )
-    _check(path, study)
-    return study
-
-
-def _check(path: Path, study: Study) -> None:
-    plain = study.name.isprintable() and study.name == study.name.strip() and study.name not in (".", "..")
-    if not plain or "/" in study.name:
-        raise ConfigError(
-            f"{path}: name: {study.name!r}: is a folder of reports/, so one plain name, without a slash"
-        )
-    if study.source != OFFLINE and not study.source.startswith(ONLINE):
-        raise ConfigError(f"{path}: source: {study.source}: either {OFFLINE} or {ONLINE}ENTITY/PROJECT")
-    if study.source == OFFLINE and not study.files:
-        raise ConfigError(f"{path}: files: missing; the wandb folders to read, such as files: [wandb]")
-    if SEED in study.axes:
-        raise ConfigError(f"{path}: axes: {SEED}: is no axis, but the setting {SEED}: {study.axes[SEED]}")
-    for name, key in study.axes.items():
-        if name in TAKEN:
-            free = f"config.{name}"
-            raise ConfigError(
-                f"{path}: axes: {name}: the table of runs has a column of that name. Call it {free}: {key}"
-            )
-    for name in study.metrics:
-        if name not in COLUMNS:
-            raise ConfigError(
-                f"{path}: metrics: {name}: the report knows no such metric.{did_you_mean(name, COLUMNS)}",
-                f"It knows: {', '.join(COLUMNS)}",
-            )
-    if not any(name in study.metrics for name in LOSSES):
-        raise ConfigError(f"{path}: metrics: names no loss, neither {' nor '.join(LOSSES)}")
 
 
 def _check_keys(path: Path, study: Study, runs: Sequence[Logged]) -> None:
@@ -260,106 +109,14 @@ def _some(names: Sequence[str]) -> str:
     return (", ".join(names[:40]) or "none") + more
 
 
-# --- the runs --------------------------------------------------------------------------------------------
-
-
-def _online(study: Study) -> list[Logged]:
-    wanted = {
-        _FIELDS[key]: {"$in": value} if isinstance(value, list) else value
-        for key, value in study.filters.items()
-        if key in _FIELDS
-    }
-    return [
-        Logged(
-            run.id,
-            {name: getattr(run, name) for name in _FIELDS},
-            run.created,
-            STATES.get(run.state, "LOST"),
-            run.config,
-            [run.rows],
-            run.url,
-            [run.warning] if run.warning else [],
-            run.problem or (None if run.state in ("finished", "running") else f"{run.state}, says wandb"),
-        )
-        for run in online.fetch(study.source.removeprefix(ONLINE), [wanted])
-    ]
-
-
-def _paths(study: Study, path: Path) -> list[Path]:
-    found: list[Path] = []
-    for pattern in study.files:
-        places = glob.glob(str(path.parent / os.path.expanduser(pattern)), recursive=True)
-        files = [
-            file
-            for place in map(Path, sorted(places))
-            for file in (sorted(place.rglob("run-*.wandb")) if place.is_dir() else [place])
-            if file.is_file()
-        ]
-        if not files:
-            raise ConfigError(f"{path}: files: {pattern}: holds no run-*.wandb")
-        found += files
-    return list({file.resolve(): file for file in found}.values())  # once, though two patterns name it
-
-
-def _read(paths: Sequence[Path], metrics: set[str] | None) -> tuple[list[Logged], list[str]]:
-    """The runs in these files, and a line for each file that tells none: damaged, foreign, or only begun."""
-    whole: list[tuple[Path, WandbRun]] = []
-    lost = []
-    for path in paths:
-        run, problem = attempt(functools.partial(read_run, path, metrics), path)
-        if run and run.id:
-            whole.append((path, run))
-        elif line := problem or (run and run.warning):
-            lost.append(line)
-    return _merged(whole), lost
-
-
-def _merged(whole: list[tuple[Path, WandbRun]]) -> list[Logged]:
-    """The files of each id as one run, as they began one after the other."""
-    whole.sort(key=lambda item: (item[1].started or 0.0, str(item[0])))
-    by_id: dict[str, list[WandbRun]] = {}
-    for _, run in whole:
-        by_id.setdefault(str(run.id), []).append(run)
-    return [_offline(id_, parts) for id_, parts in by_id.items()]
-
-
-def _offline(id_: str, parts: Sequence[WandbRun]) -> Logged:
-    last = parts[-1]
-    state: PointState = "LOST" if last.exit_code is None else "FAILED" if last.exit_code else "DONE"
-    problems: dict[PointState, str] = {
-        "LOST": "its file has no end: it was killed, or goes on",
-        "FAILED": f"exit code {last.exit_code}",
-    }
-    return Logged(
-        id_,
-        dict(
-            group=last.group,
-            state=_WORDS[state],
-            tags=last.tags,
-            job_type=last.job_type,
-            name=last.name,
-            id=id_,
-        ),
-        f"{parts[0].started or 0:020.6f}",
-        state,
-        last.config,
-        [numbers(part.rows) for part in parts],
-        warnings=[part.warning for part in parts if part.warning],
-        problem=problems.get(state),
-    )
-
-
-_WORDS: dict[PointState, str] = {"DONE": "finished", "FAILED": "failed", "LOST": "running"}
-
-
 def _values(run: Logged, key: str) -> list[Any]:
-    value = run.fields[key] if key in _FIELDS else run.config.get(key)
+    value = run.fields[key] if key in FIELDS else run.config.get(key)
     return value if isinstance(value, list) else [value]
 
 
 def _passes(run: Logged, filters: Mapping[str, Any]) -> bool:
     for key, wanted in filters.items():
-        told = str if key in _FIELDS else _told  # an id such as 1e5 is no number
+        told = str if key in FIELDS else _told  # an id such as 1e5 is no number
         any_of = {told(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
         if not any_of & {told(value) for value in _values(run, key)}:
             return False
@@ -461,7 +218,7 @@ def _cautions(study: Study, runs: Sequence[Logged]) -> list[str]:
             notes.append(f"{len(without)} of {len(runs)} runs have no config key {key}: {_few(without)}.")
     if "tokens" not in study.metrics:
         notes.append("No metric counts tokens: losses are compared where the runs ended, however far.")
-    if study.metrics["step"] == _DEFAULTS["step"]:
+    if study.metrics["step"] == DEFAULTS["step"]:
         notes.append(
             "Steps are wandb's own, _step: the calls that logged something, unless the training numbered "
             "them. metrics: step names the counter of optimizer steps."
@@ -469,7 +226,7 @@ def _cautions(study: Study, runs: Sequence[Logged]) -> list[str]:
     if study.seed is None:
         notes.append("No config key tells seeds apart: runs cannot be paired, so no difference is given.")
     several = [run.id for run in runs if len(run.parts) > 1]
-    if several and study.metrics["step"] == _DEFAULTS["step"]:
+    if several and study.metrics["step"] == DEFAULTS["step"]:
         notes.append(
             f"Of runs in several files the last file counts, since wandb's own steps begin anew in each; a "
             f"counter that the training logged, as metrics: step, would join them: {_few(several)}."

@@ -285,6 +285,7 @@ def _label(setting: dict[str, str], sweep: Sweep, runs: list[Run]) -> str:
 
 
 def in_short(setting: Mapping[str, str]) -> str:
+    """As a label: `norm_test · eta=0.2`."""
     return " · ".join(
         (value or EMPTY) if "." not in axis else f"{axis.rsplit('.', 1)[-1]}={value}"
         for axis, value in setting.items()
@@ -308,6 +309,11 @@ def _distinguishing(settings: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{key: value for key, value in own.items() if (key, value) not in shared} for own in settings]
 
 
+def batch_unit(unit: str) -> str:
+    """What batches count where budgets count `unit`: a labelled sample is a sequence of one token."""
+    return "samples" if unit == "samples" else "sequences"
+
+
 def comparable(one: Schedule, other: Schedule) -> bool:
     """Whether their losses are losses of the same task, as far as that is known."""
     return one.task == other.task or not one.task or not other.task
@@ -325,4 +331,5 @@ def tasks(schedules: Sequence[Schedule]) -> dict[str, list[Schedule]]:
 
 
 def show(value: object) -> str:
+    """As Hydra would have it typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)

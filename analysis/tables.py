@@ -58,6 +58,7 @@ def _run_row(report: Report, run: Run) -> dict[str, Any]:
 
 
 def schedules_table(report: Report) -> pl.DataFrame:
+    """One row for each schedule."""
     return pl.DataFrame([_schedule_row(report, s) for s in report.schedules], infer_schema_length=None)
 
 
@@ -153,14 +154,14 @@ def _overall_fields(overall: Overall) -> dict[str, Any]:
     }
 
 
-def _projection_fields(projection: Projection) -> dict[str, Any]:
+def _projection_fields(projection: Projection, notes: list[str]) -> dict[str, Any]:
     return {
         "network": vars(projection.network),
         "given": projection.given,
         "schedules": projection_table(projection).to_dicts(),
         "missing": projection.missing,
         "checks": [{**vars(check), "error": check.error} for fit in projection.fits for check in fit.checks],
-        "notes": projection.notes,
+        "notes": notes,
     }
 
 
@@ -227,7 +228,7 @@ def to_json(report: Report) -> dict[str, Any]:
         "overall": [_overall_fields(overall) for overall in report.overall],
         "runs": [{**_run_row(report, run), "axes": run.axes} for run in report.sweep.runs],
         "tables": [f"tables/{name}.csv" for name in tables(report)],
-        "projection": _projection_fields(report.projection),
+        "projection": _projection_fields(report.projection, report.projection_notes),
         "figures": [
             f"figures/{figure.name}.{kind}" for figure in report.figures for kind in ("png", "svg", "pdf")
         ],
@@ -252,6 +253,7 @@ def _comparison_fields(comparison: Comparison) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
+    """What JSON can hold: NaN and infinities by their names, as in the record."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

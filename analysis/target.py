@@ -130,6 +130,7 @@ def _speedup(reach: Reach) -> str:
 
 
 def check_target(loss: float | None) -> None:
+    """Raises ConfigError for what no loss can be."""
     if loss is not None and not (math.isfinite(loss) and loss > 0):
         raise ConfigError(
             f"--target {loss:g}: a validation loss to reach is a positive number, such as 2.5. Without "

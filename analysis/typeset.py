@@ -34,16 +34,19 @@ def latex(report: Report) -> dict[str, str]:
 
 
 def estimate(found: Estimate | None) -> str:
+    """2.345 ± 0.012"""
     return text.MISSING if found is None else text.with_interval(found.mean, found.half_width)
 
 
 def difference(found: Estimate | None) -> str:
+    """+0.012 ± 0.003, with what is no finite number as missing."""
     if found is None or not math.isfinite(found.mean):
         return text.MISSING
     return text.signed_with_interval(found.mean, found.half_width)
 
 
 def speedup(found: Interval | None) -> str:
+    """1.23 [1.10, 1.35]"""
     return text.MISSING if found is None else text.ratio(found.mean, found.low, found.high)
 
 
@@ -217,6 +220,7 @@ LAU = ("schedule", "steps", "batch size", "time (h)", "training loss", "validati
 
 
 def lau_blocks(report: Report) -> Blocks:
+    """The rows of Lau et al. 2024, Table 1, of each model."""
     lowest = _lowest(report.schedules)
     return [
         (
@@ -245,6 +249,7 @@ def _hours(hours: float | None) -> str:
 
 
 def lau_markdown(report: Report) -> str:
+    """Those rows as a table of Markdown."""
     lines = [f"| {' | '.join(LAU)} |", "|:--|--:|--:|--:|--:|--:|"]
     for model, rows in lau_blocks(report):
         lines.append(f"| *{markdown_cell(model)}* |{' |' * (len(LAU) - 1)}")
@@ -253,5 +258,6 @@ def lau_markdown(report: Report) -> str:
 
 
 def markdown_cell(cell: object) -> str:
+    """In one line, with what would end a cell or begin an element escaped."""
     words = " ".join(str(cell).split()).replace("<", "&lt;").replace("|", "\\|")
     return f"**{words}**" if isinstance(cell, Strong) else words

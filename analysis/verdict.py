@@ -100,6 +100,7 @@ def default_baseline(schedules: Sequence[Schedule]) -> dict[str, str]:
 
 
 def is_baseline(schedule: Schedule, baseline: dict[str, str]) -> bool:
+    """Whether it has all these options."""
     return baseline.items() <= schedule.axes.items()
 
 

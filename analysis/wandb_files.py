@@ -188,6 +188,7 @@ def _update(config: dict[str, Any], changes: Any) -> None:
 
 
 def flattened(tree: dict[str, Any]) -> dict[str, Any]:
+    """{a: {b: 1}} as {a.b: 1}; an empty group stays as it is."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         inner = flattened(value) if isinstance(value, dict) else {}

@@ -17,6 +17,7 @@ and memory of a sweep of 100 runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from analysis.records import COLUMNS
+from benchmarks.memory import peak_mib
 from benchmarks.printing import beside_json
 from pipeline.identity import run_id
 from pipeline.overrides import CONF
@@ -41,6 +43,7 @@ ROOT = CONF.parent
 METRICS = 20
 TARGET = 4.0
 COLD_S, CACHED_S, PEAK_MIB = 10.0, 2.0, 1024.0
+_LOOK_S = 0.01  # between looks at the memory of a process
 
 LEET = "wandb leet inspect --json"
 _WRITE = """
@@ -179,15 +182,17 @@ def _watched(command: Sequence[str], home: Path, rows: int) -> tuple[float, floa
     with tempfile.TemporaryFile("w+") as output:
         environment = os.environ | {"CRESCENDO_HOME": str(home), "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, cwd=home, env=environment, stdout=output, stderr=output)
-        _, status, usage = os.wait4(process.pid, 0)
+        peak = 0.0
+        while process.poll() is None:  # what has ended has no memory to be looked at
+            with contextlib.suppress(ProcessLookupError):
+                peak = peak_mib(process.pid)
+            time.sleep(_LOOK_S)
         seconds = time.perf_counter() - start
         output.seek(0)
         said = output.read()
-    code = os.waitstatus_to_exitcode(status)
-    process.returncode = code
-    if code != 0 or ("-c" in command and int(said) != rows):
-        raise RuntimeError(f"{command} ended with {code}:\n{said}")
-    return seconds, usage.ru_maxrss / 1024
+    if process.returncode != 0 or ("-c" in command and int(said) != rows):
+        raise RuntimeError(f"{command} ended with {process.returncode}:\n{said}")
+    return seconds, peak
 
 
 def _write_sweep(home: Path, runs: int, rows: int) -> None:

@@ -31,7 +31,6 @@ import json
 import math
 import os
 import platform
-import resource
 import socket
 import statistics
 import sys
@@ -49,6 +48,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import peak_mib
 from benchmarks.printing import beside_json
 from benchmarks.step import COMMON, EVERY_STEP
 from benchmarks.timing import Seconds, in_turns, ratio
@@ -328,7 +328,7 @@ def footprint(ranks: Ranks, overrides: list[str], accumulation: int, name: str) 
     if ranks.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(ranks.device) / 2**20
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        peak = peak_mib()
     with Sent(ranks.world_size) as sent:
         step()
     trainer.close(0)

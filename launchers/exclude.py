@@ -32,6 +32,8 @@ _ORDER = ("<", "<=", ">", ">=")
 
 @dataclass(frozen=True)
 class Comparison:
+    """One of a condition: `name operator value`, written as `text`."""
+
     text: str
     name: str
     operator: str

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override
 
-from pipeline.config import ConfigError, nearest
+from pipeline.config import ConfigError, did_you_mean
 
 
 def expand(overrides: Sequence[Override], zips: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -35,11 +35,8 @@ def _check_zips(axes: dict[str, list[str]], zips: Sequence[Sequence[str]]) -> No
     names = [name for group in zips for name in group]
     for name in dict.fromkeys(names):
         if name not in axes:
-            hint = nearest(name, list(axes))
-            problems.append(
-                f"sweep.zip: {name} is not swept."
-                + (f" Did you mean {hint}?" if hint else f" Give it values, as in {name}=a,b")
-            )
+            hint = did_you_mean(name, list(axes)) or f" Give it values, as in {name}=a,b"
+            problems.append(f"sweep.zip: {name} is not swept.{hint}")
         elif names.count(name) > 1:
             problems.append(
                 f"sweep.zip: {name} stands in it {names.count(name)} times. One axis walks with one group: "

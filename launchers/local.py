@@ -33,6 +33,7 @@ Command = Callable[[Path], list[str]]
 
 
 def worker_command(run: Path) -> list[str]:
+    """Executes a frozen run directory, with this interpreter."""
     return [sys.executable, "-m", "pipeline.worker", str(run)]
 
 
@@ -72,6 +73,8 @@ def run_plan(plan: Plan, command: Command = worker_command, known: bool = False)
 
 @dataclass(frozen=True)
 class Worker:
+    """A run that goes on, as a process of this machine."""
+
     point: Point
     process: subprocess.Popen[bytes]
     log: IO[bytes]
@@ -220,6 +223,7 @@ def stop_signal() -> Iterator[StopSignal]:
 
 
 def run_of(point: Point) -> str:
+    """The id of a valid point."""
     assert point.run
     return point.run
 

@@ -28,6 +28,8 @@ _NAME = re.compile(r"attempt-(\d+)\.rank-(\d+)\.log")
 
 @dataclass(frozen=True)
 class Log:
+    """One file that a run has written."""
+
     path: Path
     attempt: int | None  # None: of the job around the ranks
     rank: int | None

@@ -36,10 +36,12 @@ Job = dict[str, Any]
 
 
 def path(sweep: str) -> Path:
+    """Where the sweep of this name says what it is."""
     return home() / "sweeps" / sweep / "manifest.json"
 
 
 def read(sweep: str) -> Manifest | None:
+    """None where there is no such sweep."""
     try:
         manifest = json.loads(path(sweep).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

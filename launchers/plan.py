@@ -44,6 +44,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
+    """What a command line asks for."""
+
     name: str
     points: list[Point]
     axes: list[str]  # in the order of the command line
@@ -111,6 +113,7 @@ def varying(overrides: Sequence[Sequence[str]]) -> tuple[list[str], dict[str, st
 
 
 def state(point: Point, queue: Queue | None) -> PointState:
+    """Of its run, as its files and the queue tell; `invalid` where the point was refused."""
     return run_state(point.directory, point.directory.status(), queue) if point.run else "invalid"
 
 

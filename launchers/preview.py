@@ -48,6 +48,7 @@ class Work:
 
 
 def launch(jobs: Sequence[Sequence[str]], compose: Compose) -> int:
+    """Shows what the points would do, and starts nothing. The exit code."""
     console = make_console()
     plan = make_plan(progress(jobs, "composing"), compose)
     show_heading(console, plan)
@@ -129,6 +130,7 @@ def _factors(plan: Plan) -> dict[str, int]:
 
 
 def show_points(console: Console, plan: Plan, states: Sequence[str], rates: Rates) -> None:
+    """A line for each point. `states` and what it costs by `rates` stand beside it."""
     work = _describe_all(plan.points)
     seconds = [rates.seconds(point.config) if point.config else None for point in plan.points]
     columns = [

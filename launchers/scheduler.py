@@ -26,6 +26,7 @@ class SchedulerError(ConfigError):
 
 
 def available() -> bool:
+    """Whether this machine can submit to SLURM."""
     return shutil.which("sbatch") is not None
 
 
@@ -81,6 +82,7 @@ def ended(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def cancel(jobs: Sequence[str]) -> None:
+    """Ends these jobs. Raises SchedulerError."""
     for some in _portions(jobs):
         ask("scancel", *some)
 
@@ -103,6 +105,7 @@ def max_array_size() -> int:
 
 
 def partitions() -> list[str]:
+    """Their names. Raises SchedulerError."""
     return sorted(set(ask("sinfo", "-h", "-o", "%R").split()))
 
 

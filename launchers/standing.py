@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launchers import manifest, scheduler
 from launchers.state import Queue, RunState, run_state
-from pipeline.config import ConfigError, did_you_mean, nearest
+from pipeline.config import ConfigError, did_you_mean
 from pipeline.store import RunDirectory, Status, home
 
 ORDER: tuple[RunState, ...] = (
@@ -65,8 +65,7 @@ def find(name: str) -> Target:
     if name and any(path.parent.name.startswith(id_) for path in (home() / "runs").glob("*/config.yaml")):
         run = RunDirectory.find(id_)
         return Target(run.id, None, [run.id], [], {run.id: {}})
-    hint = nearest(name, manifest.names())
-    known = f" Did you mean {hint}?" if hint else " All sweeps: python -m launchers ls"
+    known = did_you_mean(name, manifest.names()) or " All sweeps: python -m launchers ls"
     raise ConfigError(f"{name}: neither a sweep nor a run in {home()}.{known}")
 
 

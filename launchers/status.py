@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -108,6 +109,7 @@ def watch(console: Console, target: Target, as_json: bool) -> int:
 
 
 def to_json(target: Target, found: Sequence[Standing], problem: str | None) -> dict[str, Any]:
+    """What `--json` prints."""
     return {
         "name": target.name,
         "launcher": target.launcher,
@@ -245,10 +247,7 @@ def _summary(found: Sequence[Standing]) -> str:
 
 
 def _counts(found: Sequence[Standing]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for standing in found:
-        counts[standing.state] = counts.get(standing.state, 0) + 1
-    return counts
+    return Counter(standing.state for standing in found)
 
 
 def _unit(found: Sequence[Standing]) -> str:

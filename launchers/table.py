@@ -6,6 +6,7 @@ import functools
 import math
 import shlex
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -34,6 +35,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Column:
+    """A title and a cell for each row."""
+
     title: str
     cells: Sequence[str]
     align: Literal["left", "right"] = "right"
@@ -53,6 +56,7 @@ def fit(columns: Sequence[Column], width: int) -> list[Column]:
 
 
 def total_width(columns: Sequence[Column]) -> int:
+    """In characters, with the gaps."""
     return sum(column.width for column in columns) + GAP * (len(columns) - 1)
 
 
@@ -99,6 +103,7 @@ def name_points(points: Sequence[Mapping[str, str]]) -> str:
 
 
 def make_console(*, stderr: bool = False) -> Console:
+    """Shows text as it is: no markup, no colours that nobody asked for."""
     return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
@@ -133,6 +138,7 @@ def show_launchers(console: Console, name: str, *commands: str) -> None:
 
 
 def confirm(console: Console, question: str) -> bool:
+    """Asks on the terminal; anything but yes is no."""
     return console.input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
@@ -161,8 +167,6 @@ def duration(seconds: float) -> str:
 
 def tally(states: Iterable[str], notes: dict[str, str]) -> str:
     """`6 new, 2 done (skipped)`."""
-    counts: dict[str, int] = {}
-    for name in states:
-        counts[name] = counts.get(name, 0) + 1
+    counts = Counter(states)
     remarks = {name: f" ({note})" for name, note in notes.items()}
     return ", ".join(f"{number} {name}{remarks.get(name, '')}" for name, number in counts.items())

@@ -63,6 +63,8 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
+    """How far the batch may grow."""
+
     factor: int  # k*
     next_factor: int | None  # the smallest that was too large; None: none was
 

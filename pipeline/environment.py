@@ -18,6 +18,7 @@ _TIMEOUT_S = 20  # of a program that is asked; a driver in trouble may not answe
 
 
 def environment() -> dict[str, Any]:
+    """What a result may depend on besides its config: machine, GPUs, code and packages."""
     return {
         "host": socket.gethostname(),
         "platform": platform.platform(),

@@ -16,6 +16,8 @@ from pipeline.model._interface import Model
 
 
 class Loss(Protocol):
+    """What is minimised of labelled samples, and what an evaluation shows."""
+
     outputs: int  # of the model, for each sample
     sums: int  # numbers that an evaluation adds up
 

@@ -110,6 +110,7 @@ def _unreadable(error: OverrideParseException) -> str:
 
 
 def no_such_option(group: str, option: str, options: Sequence[str]) -> str:
+    """What a user is told who asks for it."""
     return (
         f"{group}={option}: no such option of {group}."
         + did_you_mean(option.lower(), options)
@@ -146,6 +147,7 @@ def _value_for_a_group(arguments: Sequence[str]) -> list[str]:
 
 
 def group_names() -> list[str]:
+    """What an option is chosen of: the directories of conf/ but Hydra's own."""
     return sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 
 

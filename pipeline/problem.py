@@ -22,6 +22,8 @@ from pipeline.store import home, report
 
 
 class Problem(Protocol):
+    """What a run learns, as the training loop sees it."""
+
     train: Source[Any]
     held_out: Source[Any]  # in an order that is the same in all runs
     sums: int  # numbers that an evaluation adds up

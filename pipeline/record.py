@@ -16,7 +16,7 @@ from pipeline.config import Config, LlamaConfig
 from pipeline.gradients.statistics import GradientStatistics
 from pipeline.problem import Problem
 from pipeline.store import MetricsWriter, Row, RunDirectory
-from pipeline.throughput import flops_per_token, peak_flops
+from pipeline.throughput import peak_flops
 from pipeline.track import Tracker
 
 STATUS_INTERVAL_S = 0.5
@@ -78,7 +78,7 @@ class Record:
         if progress.loss_evaluations:
             row["loss_evaluations"] = progress.loss_evaluations
         if self._peak_flops and isinstance(config.model, LlamaConfig):
-            flops = tokens_per_s * flops_per_token(config.model, config.data.sequence_length)
+            flops = tokens_per_s * config.model.flops_per_token(config.data.sequence_length)
             row["throughput/mfu"] = flops / (self._peak_flops * config.parallel.world_size)
         if self._device.type == "cuda":
             row["memory/peak_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30

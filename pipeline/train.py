@@ -72,6 +72,8 @@ def train(config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> bool
 
 
 class Trainer:
+    """The state of a run on this rank, and what a step, an evaluation and a checkpoint do with it."""
+
     def __init__(self, config: Config, run: RunDirectory, attempt: int, ranks: Ranks) -> None:
         self.config, self.run, self.attempt, self.ranks = config, run, attempt, ranks
         self.device = ranks.device

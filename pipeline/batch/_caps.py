@@ -27,6 +27,7 @@ def largest_reached(config: Config, last: float) -> int:
 
 
 def cap_below_start(config: Config) -> list[str]:
+    """Problems of a cap that the first batch is above already."""
     cap, first = config.batch.max_size, first_batch(config)
     if cap is None or cap >= first:
         return []

@@ -148,6 +148,7 @@ class BatchPlan:
 
 
 def plan(config: Config) -> BatchPlan:
+    """The batch of every step where the config decides it, else the first and the largest."""
     from pipeline.batch import schedule_class
 
     schedule = schedule_class(config.batch.schedule)(config)

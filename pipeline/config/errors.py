@@ -43,4 +43,5 @@ def nearest_multiples(value: int, divisor: int) -> str:
 
 
 def shown(value: object) -> str:
+    """As a user would type it."""
     return "null" if value is None else str(value)

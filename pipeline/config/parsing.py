@@ -92,6 +92,7 @@ def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
 
 
 def unknown_key(key: str) -> str:
+    """What a user is told who sets it: where it belongs, or the nearest that there is."""
     if key.partition(".")[0] == "experiment":
         return "experiment: its file in conf/experiment/ must begin with the line `# @package _global_`"
     group, _, name = key.partition(".")

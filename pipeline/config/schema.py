@@ -65,6 +65,12 @@ class LlamaConfig:
         embeddings = self.vocab * self.width * (1 if self.tied else 2)
         return self.layers * block + embeddings + self.width
 
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Of the forward and the backward pass: 6 per parameter outside the embedding, and 12·L·T·D for
+        attention scores (Chowdhery et al. 2022, PaLM, appendix B)."""
+        matrices = self.parameters - (0 if self.tied else self.vocab * self.width)
+        return 6.0 * matrices + 12.0 * self.layers * self.width * sequence_length
+
 
 @dataclass(frozen=True)
 class ClassifierConfig:

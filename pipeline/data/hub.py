@@ -29,6 +29,7 @@ _CLIENTS = {"huggingface_hub", "httpx", "httpx2", "httpcore", "requests", "aioht
 
 
 def is_remote(path: str) -> bool:
+    """Whether a file of data.files lies on the Hub."""
     return path.startswith(SCHEME)
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from pipeline.config import ConfigError, DataConfig, nearest
+from pipeline.config import ConfigError, DataConfig, did_you_mean
 from pipeline.data import hub
 from pipeline.data.extra import require
 
@@ -151,10 +151,9 @@ def _pieces_of_parquet(path: str, field: str) -> list[Piece]:
     with _open_parquet(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
         if field not in schema.names:
-            hit = nearest(field, schema.names)
             raise ConfigError(
-                f"data.field={field}: {path} has no such column, it has {', '.join(schema.names)}"
-                + (f". Did you mean {hit}?" if hit else "")
+                f"data.field={field}: no such column of {path}, which has {', '.join(schema.names)}."
+                f"{did_you_mean(field, schema.names)}"
             )
         if not _is_text(kind := schema.field(field).type):
             raise ConfigError(f"data.field={field}: this column of {path} is of type {kind}, not text")

@@ -26,5 +26,6 @@ def add_coordinates(sums: Tensor, variance: Tensor, mean: Tensor, count: Tensor)
 
 
 def coordinates_of(sums: Sequence[float]) -> Coordinates:
+    """From what the ranks summed, in the order in which they sent it."""
     deviation, magnitude, *ratio_counts = sums
     return Coordinates(deviation, magnitude, tuple(ratio_counts))

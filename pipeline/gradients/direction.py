@@ -14,6 +14,8 @@ from pipeline.optim._prox_sgd import ProxSGD
 
 
 class Direction(Protocol):
+    """A direction that the products ⟨g_i, d⟩ are taken with."""
+
     @property
     def saved(self) -> Mapping[str, torch.Tensor]:
         """What a checkpoint must hold of it, by parameter name."""

@@ -49,6 +49,7 @@ def stepping(config: OptimConfig) -> str:
 
 
 def wraps(name: str) -> bool:
+    """Whether an optimizer is about another one, `optim.base`."""
     return getattr(_module(name), "wraps", False)
 
 
@@ -61,24 +62,29 @@ def settings(config: OptimConfig) -> frozenset[str]:
 
 
 def keeps_first_moment(config: OptimConfig) -> bool:
+    """Whether its state has the moment that `batch.direction=momentum` needs."""
     keeps: bool = _module(stepping(config)).keeps_first_moment(config)
     return keeps
 
 
 def batch_scalings(config: OptimConfig) -> tuple[str, ...]:
+    """The values of lr.batch_scaling that are derived for it."""
     scalings: tuple[str, ...] = _module(stepping(config)).batch_scalings
     return scalings
 
 
 def one_model(config: OptimConfig) -> bool:
+    """Whether it needs one model of all ranks."""
     return getattr(_module(config.name), "one_model", False)
 
 
 def own_rate(config: OptimConfig) -> bool:
+    """Whether it finds its own rate, so that the lr group has no part in it."""
     return getattr(_module(stepping(config)), "own_rate", False)
 
 
 def needs(config: Config) -> Needs | None:
+    """The statistics that it steps by; None: none."""
     found: Needs | None = getattr(_module(stepping(config.optim)), "needs", lambda _: None)(config)
     return found
 

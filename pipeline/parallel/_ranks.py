@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
+    """Where this process stands among those of the run."""
+
     rank: int
     world_size: int
     data_rank: int  # which share of each batch this rank reads
@@ -60,6 +62,7 @@ class Ranks:
 
 
 def device_of(config: Config, local_rank: int) -> torch.device:
+    """By launch.device and the rank on its machine. Raises ConfigError where there are too few GPUs."""
     wanted = config.launch.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

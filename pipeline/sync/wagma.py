@@ -124,5 +124,6 @@ def is_power_of_two(number: int) -> bool:
 
 
 def nearest_power_of_two(number: int) -> int:
+    """To a number of at least 1; of two as near the smaller."""
     below = 1 << max(0, number.bit_length() - 1)
     return below if number - below <= 2 * below - number else 2 * below

@@ -112,12 +112,7 @@ def _write_run(settings: Config, point: Point, number: int) -> str:
 
 def train_row(step: int, tokens: int, loss: float, size: int, seconds: float, **more: float) -> Row:
     return {
-        "step": step,
-        "tokens": tokens,
-        "sequences": tokens // 128,
-        "time": seconds,
-        "wall": HOUR_ZERO + seconds,
-        "attempt": 1,
+        **_clock(step, tokens, seconds),
         "train/loss": loss,
         "lr": 1e-3,
         "batch/size": size,
@@ -130,6 +125,10 @@ def train_row(step: int, tokens: int, loss: float, size: int, seconds: float, **
 
 
 def val_row(step: int, tokens: int, loss: float, seconds: float) -> Row:
+    return {**_clock(step, tokens, seconds), "val/loss": loss}
+
+
+def _clock(step: int, tokens: int, seconds: float) -> Row:
     return {
         "step": step,
         "tokens": tokens,
@@ -137,7 +136,6 @@ def val_row(step: int, tokens: int, loss: float, seconds: float) -> Row:
         "time": seconds,
         "wall": HOUR_ZERO + seconds,
         "attempt": 1,
-        "val/loss": loss,
     }
 
 

@@ -102,20 +102,22 @@ def test_gradients_that_a_method_takes_again_are_counted(home: Path):
     assert "| 2.78 |" in render("report.md.j2", found) and "| 5.56 |" in render("report.md.j2", found)
 
 
+def beside_a_plain_run(rows: list[Row]) -> Report:
+    """Of a run of batches of 20 with these rows, and of one of 40 as any."""
+    points = [
+        Point({"batch.size": "20", "seed": "0"}, rows),
+        Point({"batch.size": "40", "seed": "0"}, rows_of(40, 0)),
+    ]
+    write_sweep("s", points, COMMON)
+    return build(load_sweep("s"), [], 0.0)
+
+
 def test_losses_of_a_line_search_are_told_beside_gradients(home: Path):
     searching = rows_of(20, 0)
     for row in searching:
         if "train/loss" in row:  # two trials in each step
             row |= {"gradient_evaluations": row["tokens"], "loss_evaluations": 2 * row["tokens"]}
-    write_sweep(
-        "s",
-        [
-            Point({"batch.size": "20", "seed": "0"}, searching),
-            Point({"batch.size": "40", "seed": "0"}, rows_of(40, 0)),
-        ],
-        COMMON,
-    )
-    found = build(load_sweep("s"), [], 0.0)
+    found = beside_a_plain_run(searching)
     assert [schedule.mean("losses") for schedule in found.schedules] == [
         pytest.approx(2 * 4000 / SAMPLES_IN_ALL),
         None,
@@ -130,15 +132,7 @@ def test_the_mean_iterate_stands_beside_the_last(home: Path):
     for row in averaging:
         if row["tokens"] >= 3000 and "val/loss" in row:
             row |= {"val/loss_averaged": row["val/loss"] - 0.1, "val/accuracy_averaged": 0.975}
-    write_sweep(
-        "s",
-        [
-            Point({"batch.size": "20", "seed": "0"}, averaging),
-            Point({"batch.size": "40", "seed": "0"}, rows_of(40, 0)),
-        ],
-        COMMON,
-    )
-    found = build(load_sweep("s"), [], 0.0)
+    found = beside_a_plain_run(averaging)
     own, other = found.schedules
     assert own.val_loss is not None and own.val_loss.mean == pytest.approx(0.425)  # still of the last one
     assert own.mean("val_loss_averaged") == pytest.approx(0.325) and other.mean("val_loss_averaged") is None

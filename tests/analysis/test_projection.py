@@ -17,9 +17,10 @@ import polars as pl
 import pytest
 
 import benchmarks.projection
-from analysis import projection
+from analysis import projection_notes
 from analysis.load import load_sweep
 from analysis.projection import Projection, project, projection_table, step_traces
+from analysis.projection_notes import notes
 from analysis.records import table
 from analysis.step_cost import Cost, Machine, StepTrace, cells, checks, cost, least_absolute, step_trace
 from analysis.summary import run_numbers, summarise
@@ -398,7 +399,7 @@ def test_a_network_asked_for_changes_what_is_projected_and_not_what_was_measured
 
 def test_the_network_that_the_runs_are_taken_to_have_had_is_stated():
     runs = [made_up(b, ranks=4) for b in (SMALL_BATCH, LARGE_BATCH)]
-    words = " ".join(project({"w": runs}, {}, [4], NETWORK).notes)
+    words = " ".join(notes(project({"w": runs}, {}, [4], NETWORK)))
     assert "2 GB/s and 50 µs per message for each rank, as asked for" in words
     assert "taken to have had 50 GB/s and 10 µs" in words
 
@@ -453,7 +454,7 @@ def throttled(run: StepTrace) -> StepTrace:
 def test_what_cannot_be_projected_says_why(runs: list[StepTrace], reason: str):
     found = project({"s": runs}, {})
     assert found.outlooks == [] and reason in found.missing["s"]
-    assert any("No projection of s" in note and reason in note for note in found.notes)
+    assert any("No projection of s" in note and reason in note for note in notes(found))
     assert projection_table(found).is_empty()
 
 
@@ -476,7 +477,7 @@ def test_a_sharded_mesh_grows_by_shards_also_from_one_rank():
 
 
 def test_the_sentences_say_what_it_rests_on_and_how_far_to_trust_it():
-    words = " ".join(of_two().notes)
+    words = " ".join(notes(of_two()))
     assert "30 ms for a micro-batch of 4 sequences, 11 ms for the rest of a step" in words
     assert "NVIDIA H100" in words and "2 GB/s and 50 µs" in words
     assert "Not checked in this sweep" in words and "benchmarks/results/projection-cpu.json" in words
@@ -485,7 +486,7 @@ def test_the_sentences_say_what_it_rests_on_and_how_far_to_trust_it():
 
 def test_a_sweep_of_several_widths_states_its_own_error():
     odd = made_up(LARGE_BATCH, ranks=4, micro_s=2 * MICRO_S, scale=4.0)
-    words = " ".join(project({"w": [*three_widths()[:6], odd]}, {}, [8]).notes)
+    words = " ".join(notes(project({"w": [*three_widths()[:6], odd]}, {}, [8])))
     assert "Checked in this sweep" in words and "on 4 from 1 and 2 by −" in words
 
 
@@ -498,10 +499,10 @@ def test_runs_of_unknown_machines_that_may_differ_are_not_taken_together_in_sile
 ):
     pairs = zip((SMALL_BATCH, LARGE_BATCH), hosts, strict=True)
     runs = [dataclasses.replace(made_up(b, machine=None), host=host) for b, host in pairs]
-    words = " ".join(project({"w": runs}, {}).notes)
+    words = " ".join(notes(project({"w": runs}, {})))
     assert named in words if named else "hosts" not in words
     known = [dataclasses.replace(run, machine=GPU) for run in runs]
-    assert "hosts" not in " ".join(project({"w": known}, {}).notes)
+    assert "hosts" not in " ".join(notes(project({"w": known}, {})))
 
 
 def test_batches_that_follow_from_comparing_ranks_are_marked():
@@ -512,10 +513,10 @@ def test_batches_that_follow_from_comparing_ranks_are_marked():
 
 
 def test_the_error_quoted_is_the_benchmarks():
-    found: dict[str, Any] = json.loads((ROOT / projection.BENCHMARK).read_text())
+    found: dict[str, Any] = json.loads((ROOT / projection_notes.BENCHMARK).read_text())
     again = found["repetition"]["errors on 1, 2 and 4"]
     errors = [abs(error) for error in (*(check["error"] for check in found["figures"]["errors"]), *again)]
-    assert f"{max(errors):.0%}" == f"{projection.BENCHMARK_ERROR:.0%}"
+    assert f"{max(errors):.0%}" == f"{projection_notes.BENCHMARK_ERROR:.0%}"
 
 
 # --- from files ------------------------------------------------------------------------------------------
@@ -567,8 +568,8 @@ def test_a_run_without_a_note_of_its_machine_is_still_projected(home: Path):
     sweep = load_sweep("here")
     found = project(step_traces(sweep, summarise(sweep, run_numbers(sweep.rows))), {})
     assert len(found.outlooks) == 2
-    assert "an unknown machine" in " ".join(found.notes)
-    assert "hosts" not in " ".join(found.notes)  # both ran on node-1
+    assert "an unknown machine" in " ".join(notes(found))
+    assert "hosts" not in " ".join(notes(found))  # both ran on node-1
 
 
 def test_a_tensor_parallel_sweep_is_projected_to_whole_groups(home: Path):

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
-from analysis import study
+from analysis import study, study_file
 from analysis.__main__ import main
 from analysis.load import Sweep
 from analysis.report import Report, build
-from analysis.study import EXAMPLE, load_study, read_study
+from analysis.study import load_study
+from analysis.study_file import EXAMPLE, read_study
 from analysis.summary import MORE, run_numbers
 from analysis.tables import runs_table
 from pipeline.config import ConfigError
@@ -464,7 +465,7 @@ def test_the_example_is_such_a_file(home: Path) -> None:
 
 def test_no_axis_takes_the_name_of_another_column(offline: Path) -> None:
     found = set(runs_table(report(load(offline))).columns)
-    assert found == study.TAKEN - MORE.keys() | {"batch", "seed"}  # these only where a run has them
+    assert found == study_file.TAKEN - MORE.keys() | {"batch", "seed"}  # these only where a run has them
 
 
 def test_numbers_are_those_of_the_last_measured_row(offline: Path) -> None:

@@ -144,8 +144,8 @@ def test_a_lost_network_costs_nothing_that_was_done(tmp_path: Path):
 # One shard a part, and the journal after each.
 PATCHED = """
 import sys
-from pipeline.data import __main__ as command, corpus
-corpus._PART_BYTES, corpus._JOURNAL_INTERVAL_S = {"bytes": 1, "file": 1}, 0.0
+from pipeline.data import __main__ as command, building
+building._PART_BYTES, building._JOURNAL_INTERVAL_S = {"bytes": 1, "file": 1}, 0.0
 sys.argv[0] = "pipeline.data"
 sys.exit(command.main())
 """
@@ -168,8 +168,8 @@ def test_a_journal_is_believed_only_as_far_as_its_files_hold(
 ):
     for name, data in shards().items():
         (tmp_path / Path(name).name).write_bytes(data)
-    monkeypatch.setattr("pipeline.data.corpus._PART_BYTES", {"bytes": 1, "file": 1})
-    monkeypatch.setattr("pipeline.data.corpus._JOURNAL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.data.building._PART_BYTES", {"bytes": 1, "file": 1})
+    monkeypatch.setattr("pipeline.data.building._JOURNAL_INTERVAL_S", 0.0)
     source, made = settings(tmp_path / "c4-train.*.json.gz"), tmp_path / "corpora"
     interrupted = RuntimeError("lost")
     said: list[str] = []

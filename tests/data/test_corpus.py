@@ -16,7 +16,8 @@ import pytest
 
 from pipeline.config import ConfigError
 from pipeline.data import fingerprint, prepare
-from pipeline.data.corpus import Corpus, held_out
+from pipeline.data.corpus import Corpus
+from pipeline.data.parts import held_out
 from tests.data.helpers import END, settings, split_documents, texts, wait_for, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +33,7 @@ def both(corpus: Corpus) -> list[bytes]:
 
 
 def small_parts(monkeypatch: pytest.MonkeyPatch, part_bytes: int = 500) -> None:
-    monkeypatch.setattr("pipeline.data.corpus._PART_BYTES", {"bytes": part_bytes, "file": part_bytes})
+    monkeypatch.setattr("pipeline.data.building._PART_BYTES", {"bytes": part_bytes, "file": part_bytes})
 
 
 # --- what it holds
@@ -149,7 +150,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path: Path, monkeypatch: pyte
 def test_it_is_built_once_and_then_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = settings(write_jsonl(tmp_path / "a.jsonl", texts(50)))
     first = prepare(data, tmp_path / "corpora")
-    monkeypatch.setattr("pipeline.data.corpus.documents", None)  # no document may be read again
+    monkeypatch.setattr("pipeline.data.parts.documents", None)  # no document may be read again
     said: list[str] = []
     started = time.monotonic()
     second = prepare(data, tmp_path / "corpora", said.append)
@@ -281,12 +282,12 @@ def test_a_broken_file_ends_the_build_whoever_reads_it(
 BUILDER = """
 import sys, time
 from pathlib import Path
-import pipeline.data.corpus as corpus
+from pipeline.data import building, parts, prepare
 from tests.data.helpers import settings
 
-corpus._PART_BYTES = {"bytes": 2000, "file": 2000}
+building._PART_BYTES = {"bytes": 2000, "file": 2000}
 source, corpora, workers, gate = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
-read = corpus.documents
+read = parts.documents
 
 def until_the_gate_opens(piece, field):
     for number, document in enumerate(read(piece, field)):
@@ -294,11 +295,11 @@ def until_the_gate_opens(piece, field):
             time.sleep(0.01)
         yield document
 
-corpus.documents = until_the_gate_opens  # a spawned worker runs this file too, so it stops as well
+parts.documents = until_the_gate_opens  # a spawned worker runs this file too, so it stops as well
 
 if __name__ == "__main__":
     report = lambda message: print(message, flush=True)
-    made = corpus.prepare(settings(source, workers=workers), corpora, report)
+    made = prepare(settings(source, workers=workers), corpora, report)
     print("tokens", made.report["tokens"], flush=True)
 """
 

@@ -50,7 +50,7 @@ def test_the_type_on_disk_holds_the_vocabulary(vocab: int, itemsize: int) -> Non
 def test_a_corpus_decodes_to_its_documents(
     tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.corpus._PART_BYTES", {"file": 4000})
+    monkeypatch.setattr("pipeline.data.building._PART_BYTES", {"file": 4000})
     path = build(tmp_path / "tokenizer.json")
     wanted = [*texts(150), f"the name {END_NAME} inside a document", "  spaces  "]
     source = write_jsonl(tmp_path / "a.jsonl", wanted)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -41,14 +40,6 @@ from tests.support import config
 
 Seen = tuple[GradientStatistics, Tensor]
 VARIANTS = [("false", None), ("false", 3), ("true", None)]  # (tied, limit)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for tensors as small as these
-    yield
-    torch.set_num_threads(threads)
 
 
 def configured(mesh: str, tied: str = "false") -> Config:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -42,14 +41,6 @@ STEP = ["data.micro_batch=3", "batch.size=6"]
 IN_SAMPLE = Needs("sample", direction="in_sample")
 PREVIOUS = Needs("sample", direction="previous")
 COORDINATES = Needs("sample", coordinates=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for tensors as small as these
-    yield
-    torch.set_num_threads(threads)
 
 
 class Trial:

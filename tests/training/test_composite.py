@@ -17,6 +17,7 @@ from pipeline import samples
 from pipeline.checkpoint import load_weights
 from pipeline.config import Config, ConfigError
 from pipeline.data import permute
+from pipeline.stopping import Wishes
 from pipeline.store import RunDirectory
 from tests.distributed import column, train_here
 from tests.optim.softmax import checkpoint, tensors
@@ -193,6 +194,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(overrides: list[str], home: Path
     again = tensors(checkpoint(run, len(steps)))
     assert all(torch.equal(again[name], whole[name]) for name in whole)
     assert logged(run) == rows
+
+
+def test_a_stop_that_is_seen_before_a_redraw_ends_that_step(home: Path, monkeypatch: pytest.MonkeyPatch):
+    """Looks are rare: that of the first sum of the step finds the request, those of the others come too soon."""
+    looks = iter([True])
+    monkeypatch.setattr(Wishes, "_stop_requested", lambda wishes: next(looks, False))
+    run = train_here(config(*TUMOURS, *L1, SAMPLE, "batch.theta=0.2"))
+    (row,) = run.rows()
+    assert row["batch/redraws"] > 0 and [path.name for path in run.complete_checkpoints()] == [
+        "step-00000001"
+    ]
 
 
 def logged(run: RunDirectory) -> list[dict[str, Any]]:
