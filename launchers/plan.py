@@ -11,14 +11,16 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from launchers.compose import Compose
 from launchers.exclude import Exclusions, summary
 from launchers.state import Queue, RunState, run_state
 from pipeline.config import Config, ConfigError, typed
 from pipeline.identity import complete, run_id
 from pipeline.store import RunDirectory, home, python
+
+if TYPE_CHECKING:
+    from launchers.compose import Compose  # imports Hydra, which `python -m launchers` has no use for
 
 PointState = RunState | Literal["invalid"]
 

@@ -15,17 +15,14 @@ import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
-from pipeline import checkpoint
 from pipeline.config import Config, ConfigError, LlamaConfig
 from pipeline.data.tokenizers import ByteTokenizer
-from pipeline.model.llama import Llama
 from pipeline.store import RunDirectory
+
+if TYPE_CHECKING:  # torch is imported when there is something to write
+    from torch import Tensor
 
 DESCRIPTION = "Write a finished run's model as a directory that transformers loads."
 
@@ -72,6 +69,10 @@ def export(run: RunDirectory, directory: Path) -> None:
             f"language models are exported. Its weights: pipeline.checkpoint.load_weights(run)"
         )
     _check(run, directory)
+    from safetensors.torch import save_file
+
+    from pipeline import checkpoint
+
     weights = checkpoint.load_average(run) if config.optim.name == "swa" else checkpoint.load_weights(run)
     if weights is None:
         raise ConfigError(
@@ -109,6 +110,10 @@ def _check(run: RunDirectory, directory: Path) -> None:
 
 def transformers_weights(config: Config, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our parameters under transformers' names. A tied head is the embedding, stored once."""
+    import torch
+
+    from pipeline.model.llama import Llama
+
     assert isinstance(config.model, LlamaConfig)
     with torch.device("meta"):
         expected = dict(Llama(config.model).named_parameters())

@@ -14,7 +14,6 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 
@@ -24,7 +23,7 @@ def is_spread(tensor: object) -> TypeGuard[DTensor]:
     return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
-def is_fully_sharded(module: nn.Module) -> TypeGuard[FSDPModule]:
+def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 shards its parameters, in the same way."""
     return isinstance(module, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ()))
 

@@ -13,7 +13,7 @@ annotations of its hook, so they must not be strings: no `from __future__ import
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -113,7 +113,7 @@ def _layers_of(model: nn.Module, leaves: dict[str, torch.Tensor], shards: int) -
             nested = {id(parameter) for m in inner for parameter in m.parameters()}
             own = [index[id(p)] for p in module.parameters() if id(p) not in nested]
             columns = [math.ceil(rows[i][0] / shards) * math.prod(rows[i][1:]) for i in own]
-            found.append(Layer(module, own, columns))
+            found.append(Layer(cast("FSDPModule", module), own, columns))
     return found
 
 

@@ -7,17 +7,22 @@ and goes, and that named_parameters() shows between the public calls unshard() a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import nn
 
 from pipeline.gradients.dtensor import is_fully_sharded
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def leaves(model: nn.Module) -> dict[str, torch.Tensor]:
     """By parameter name. To be called by all ranks, after the model is distributed and has its weights."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
     sharded = {id(parameter) for parameter in parameters.values()}
-    layers = [module for module in model.modules() if is_fully_sharded(module)]
+    layers = [cast("FSDPModule", module) for module in model.modules() if is_fully_sharded(module)]
     if not layers:
         return parameters
     found: dict[str, torch.Tensor] = {}
