@@ -92,6 +92,21 @@ def of_step(figures: Mapping[str, Any]) -> Ratios:
     }
 
 
+def of_peers(figures: Mapping[str, Any]) -> Ratios:
+    """Ours over each peer, on one process and on two."""
+    ratios = {}
+    for layout, peers in figures.items():
+        for name, figure in peers.items():
+            if "refused" in figure:
+                continue
+            faster, beside = figure["faster"], f"{layout}, over {name}"
+            spread = (faster["q3"] - faster["q1"]) / faster["median"]
+            ratios[f"{beside}: tokens per second"] = Ratio(faster["median"], "higher", spread)
+            ratios[f"{beside}: peak memory"] = Ratio(figure["memory"], spread=0.0)
+            ratios[f"{beside}: time to the first step"] = Ratio(figure["start"])
+    return ratios
+
+
 def of_statistics(figures: Mapping[str, Any]) -> Ratios:
     """Of what is ours: times that have a target, and peaks of memory."""
     others = ("plain", "vmap", "squares")
@@ -192,6 +207,7 @@ class Benchmark:
 BENCHMARKS = {
     "cli": Benchmark(of_cli),
     "sweep": Benchmark(of_sweep),
+    "peers": Benchmark(of_peers, ("--rounds", "2", "--layouts", "single", "ddp")),
     "step": Benchmark(of_step, ("--rounds", "6")),
     "statistics": Benchmark(of_statistics, ("--rounds", "4", "--accumulations", "1", "4")),
     "tests_cost": Benchmark(of_tests_cost, ("--rounds", "2")),

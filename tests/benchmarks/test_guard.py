@@ -88,6 +88,35 @@ def test_an_answer_is_held_against_its_import():
     assert ratios["--help"].spread == pytest.approx(0.3)
 
 
+def test_ratios_over_a_peer():
+    faster = {"median": 1.2, "q1": 1.14, "q3": 1.26}
+    figures = {
+        "ddp": {
+            "fabric": {"faster": faster, "memory": 0.9, "start": 1.1},
+            "olmo_core": {"refused": "loss 2 at step 1, ours 3"},
+        }
+    }
+    assert BENCHMARKS["peers"].ratios(figures) == {
+        "ddp, over fabric: tokens per second": Ratio(1.2, "higher", pytest.approx(0.1)),
+        "ddp, over fabric: peak memory": Ratio(0.9, "lower", 0.0),
+        "ddp, over fabric: time to the first step": Ratio(1.1),
+    }
+
+
+def test_a_sweep_and_a_report_are_multiples_of_their_floors():
+    sweep = [
+        {"what": "compose, Hydra alone", "points": 20, "seconds": 1.0, "target_s": None},
+        {"what": "freeze", "points": 1000, "seconds": 5.0, "target_s": 10.0},
+    ]
+    assert BENCHMARKS["sweep"].ratios(sweep) == {"freeze": Ratio(pytest.approx(0.1))}
+    report = [
+        {"what": "the figures' data by json.dumps", "value": 0.5, "unit": "s"},
+        {"what": "page", "value": 1.5, "unit": "s"},
+        {"what": "size of the page", "value": 3.4, "unit": "MB"},
+    ]
+    assert BENCHMARKS["report"].ratios(report) == {"page": Ratio(3.0)}
+
+
 def test_every_result_at_hand_has_ratios_of_the_baseline():
     """The readers fit what the benchmarks print, and the baseline's names are theirs."""
     baseline = read(guard.BASELINE)
