@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.batch._interface import Needs
 from pipeline.gradients.direction import Direction, InSample, Momentum, Previous, Step
+from pipeline.gradients.leaves import by_name
 from pipeline.gradients.microbatch import MicrobatchCapture
 from pipeline.gradients.recent import Recent
 from pipeline.gradients.sample import SampleCapture
@@ -58,8 +59,7 @@ def capture_for(
     includes `l2`/2 ‖w‖². `recent`: gradients whose mean may stand for that of a step."""
     if needs.units == "worker":
         return WorkerCapture(model, ranks, needs.coordinates)
-    # DDP puts a prefix before names, which a checkpoint must not have.
-    parameters = {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+    parameters = by_name(model)
     direction: Direction | None = None
     if needs.direction == "momentum":
         direction = Momentum(list(parameters.values()), optimizer)
