@@ -424,12 +424,12 @@ class Trainer:
         many micro-batches come next."""
         progress = self.progress
         done = StepDone(progress.step, self.tokens, progress.sequences, size)
-        decided = self.schedule.decide(progress.schedule, done, statistics if tested else None)
+        state, batch = self.schedule.decide(progress.schedule, done, statistics if tested else None)
         noise = progress.noise
         if statistics is not None:
             noise = self.batch_scaling.observe(noise, statistics, size, progress.first_batch)
-            *decided, noise = self.ranks.from_main((*decided, noise))
-        progress.schedule, progress.next_batch = decided
+            state, batch, noise = self.ranks.from_main((state, batch, noise))
+        progress.schedule, progress.next_batch = state, batch
         progress.unchanged = progress.unchanged + 1 if progress.next_batch.size == size else 0
         progress.noise = noise
 
