@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from launchers.screen import NUMBER
+from launchers.screen import NUMBER, end_of
 from launchers.standing import Standing, Target, standings
 from launchers.table import name_points, say
 from pipeline.config import ConfigError
@@ -35,9 +35,7 @@ class Log:
     rank: int | None
 
     def end(self) -> str:
-        with open(self.path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            return file.read().decode(errors="replace")
+        return end_of(self.path, _TAIL_BYTES)
 
 
 def logs(

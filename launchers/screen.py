@@ -9,7 +9,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from launchers.table import (
     count,
     duration,
     name_points,
+    or_blank,
     say,
     screen_width,
     show_command,
@@ -191,10 +192,10 @@ class View:
             Column("step", [str(p.step) if p.step else "" for p in progress], optional=3),
             Column(self.unit, [f"{count(p.tokens)}/{count(p.budget)}" for p in progress], optional=5),
             Column("%", [f"{p.tokens / p.budget:.0%}" for p in progress]),
-            Column("loss", [_or_blank("{:.3f}".format, p.loss) for p in progress]),
-            Column(f"{sequences}/step", [_or_blank(str, p.batch) for p in progress], optional=2),
-            Column(f"{tokens}/s", [_or_blank(count, p.tokens_per_s) for p in progress], optional=1),
-            Column("time", [_or_blank(duration, p.seconds) for p in progress], optional=4),
+            Column("loss", [or_blank("{:.3f}".format, p.loss) for p in progress]),
+            Column(f"{sequences}/step", [or_blank(str, p.batch) for p in progress], optional=2),
+            Column(f"{tokens}/s", [or_blank(count, p.tokens_per_s) for p in progress], optional=1),
+            Column("time", [or_blank(duration, p.seconds) for p in progress], optional=4),
         ]
 
 
@@ -250,7 +251,7 @@ class LineView(View):
             return f"{line}: started"
         if state == "done":
             line += f": done, {count(progress.tokens)} {self.unit}"
-            return line + _or_blank(", loss {:.3f}".format, progress.loss)
+            return line + or_blank(", loss {:.3f}".format, progress.loss)
         return f"{line}: {'is being run by another process' if state == 'elsewhere' else state}"
 
     def _print(self, line: str) -> None:
@@ -334,7 +335,7 @@ def last_words(run: RunDirectory) -> tuple[Path | None, list[str]]:
         if found := re.match(r"attempt-(\d+)\.", path.name):
             logs.setdefault(int(found[1]), []).append(path)
     candidates = [*(logs[max(logs)] if logs else []), run.logs / "launcher.log"]
-    texts = [(path, _tail(path)) for path in candidates if path.exists()]
+    texts = [(path, end_of(path)) for path in candidates if path.exists()]
     telling = [(path, text) for path, text in texts if "Traceback" in text] or texts[-1:]
     if not telling:
         return None, []
@@ -343,11 +344,8 @@ def last_words(run: RunDirectory) -> tuple[Path | None, list[str]]:
     return path, lines[-TRACEBACK_LINES:]
 
 
-def _tail(path: Path) -> str:
+def end_of(path: Path, most_bytes: int = _TAIL_BYTES) -> str:
+    """The last part of a log, whatever it holds."""
     with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - most_bytes))
         return file.read().decode(errors="replace")
-
-
-def _or_blank(show: Callable[[float], str], value: float | None) -> str:
-    return "" if value is None else show(value)

@@ -26,6 +26,7 @@ from launchers.table import (
     axis_columns,
     count,
     duration,
+    or_blank,
     say,
     screen_width,
     show_command,
@@ -201,8 +202,8 @@ def _table(console: Console, target: Target, found: Sequence[Standing]) -> Text:
         Column("state", [standing.state for standing in found], "left"),
         Column(unit, [_percent(standing) for standing in found]),
         Column("step", [str(s.step) if s.attempt else "" for s in found]),
-        Column("loss", [_or_blank("{:.3f}", s.loss) for s in found]),
-        Column("batch", [_or_blank("{}", s.batch) for s in found], optional=4),
+        Column("loss", [or_blank("{:.3f}".format, s.loss) for s in found]),
+        Column("batch", [or_blank(str, s.batch) for s in found], optional=4),
         Column(f"{unit}/s", [count(s.tokens_per_s) if s.tokens_per_s else "" for s in found], optional=2),
         Column("attempt", [str(s.attempt) if s.attempt else "" for s in found], optional=3),
         Column("last word", [_age(standing) for standing in found], optional=5),
@@ -265,7 +266,3 @@ def _percent(standing: Standing) -> str:
 
 def _age(standing: Standing) -> str:
     return duration(standing.age_s) if standing.age_s is not None and standing.attempt else ""
-
-
-def _or_blank(form: str, value: float | None) -> str:
-    return "" if value is None else form.format(value)

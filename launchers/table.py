@@ -7,7 +7,7 @@ import math
 import shlex
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -163,6 +163,11 @@ def duration(seconds: float) -> str:
     if hours >= 48:
         return f"{hours // 24}d {hours % 24:02}h"
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def or_blank(show: Callable[[float], str], value: float | None) -> str:
+    """Of what is not known, a blank."""
+    return "" if value is None else show(value)
 
 
 def tally(states: Iterable[str], notes: dict[str, str]) -> str:

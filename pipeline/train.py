@@ -23,6 +23,7 @@ from pipeline.exact import Exact
 from pipeline.gradients.capture import Capture, capture_for
 from pipeline.gradients.direction import Step
 from pipeline.gradients.dtensor import local
+from pipeline.gradients.leaves import by_name
 from pipeline.gradients.norms import SquaredNorm
 from pipeline.gradients.recent import Recent
 from pipeline.gradients.statistics import GradientStatistics
@@ -87,8 +88,7 @@ class Trainer:
         self.model: nn.Module = self.strategy.apply(self.problem.model())
         self.optimizer = optim.build(self.model, config.optim)
         self.parameters = list(self.model.parameters())
-        # DDP puts a prefix before names, which a checkpoint must not have.
-        named = {name.removeprefix("module."): weight for name, weight in self.model.named_parameters()}
+        named = by_name(self.model)
         self.average = Average(named, config) if config.optim.name == "swa" else None
         self.replica = Replica(self.model, ranks)
         self.sync = method_class(config.sync.method)(config, ranks, self.replica)
@@ -424,12 +424,12 @@ class Trainer:
         many micro-batches come next."""
         progress = self.progress
         done = StepDone(progress.step, self.tokens, progress.sequences, size)
-        decided = self.schedule.decide(progress.schedule, done, statistics if tested else None)
+        state, batch = self.schedule.decide(progress.schedule, done, statistics if tested else None)
         noise = progress.noise
         if statistics is not None:
             noise = self.batch_scaling.observe(noise, statistics, size, progress.first_batch)
-            *decided, noise = self.ranks.from_main((*decided, noise))
-        progress.schedule, progress.next_batch = decided
+            state, batch, noise = self.ranks.from_main((state, batch, noise))
+        progress.schedule, progress.next_batch = state, batch
         progress.unchanged = progress.unchanged + 1 if progress.next_batch.size == size else 0
         progress.noise = noise
 

@@ -47,6 +47,10 @@ class Adaptive:
         self.multiple = config.batch_multiple
         self.first, self.largest = first_batch(config), largest_below(config)
 
+    @property
+    def never_shrinks(self) -> bool:
+        return self.batch.monotone
+
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
         if batch.estimator == "microbatch":
@@ -116,7 +120,7 @@ class Adaptive:
 
     def wants_statistics(self, state: State, step: int, tokens: int) -> bool:
         # Nothing is left to decide once a batch that never shrinks has reached its cap.
-        if self.batch.monotone and state.requested >= self.largest:
+        if self.never_shrinks and state.requested >= self.largest:
             return False
         return step % self.batch.interval == 0 and tokens >= self.batch.start_tokens
 

@@ -43,6 +43,7 @@ class Schedule(Adaptive):
     """
 
     settings = OF_GUARDS | {"theta", "form", "estimator"}
+    never_shrinks = True
 
     @classmethod
     def needs_of(cls, batch: BatchConfig) -> Needs:
@@ -90,11 +91,6 @@ class Schedule(Adaptive):
         if config.sync.method != "allreduce":
             problems.append(f"sync={config.sync.method}: {chosen} tests one step of all. Use sync=allreduce")
         return problems
-
-    def wants_statistics(self, state: State, step: int, tokens: int) -> bool:
-        if state.requested >= self.largest:
-            return False
-        return step % self.batch.interval == 0 and tokens >= self.batch.start_tokens
 
     def redraw(self, batch: int, left: int, statistics: GradientStatistics) -> Decision:
         demanded = self._demanded(statistics)

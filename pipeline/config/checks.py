@@ -38,9 +38,8 @@ def check(config: Config) -> None:
         *check_mesh(config),
         *_check_data(config),
         *batch_problems,
-        *(
-            [] if batch_problems else check_replicas(config)
-        ),  # what fits depends on what the schedule measures
+        # What fits depends on what the schedule measures.
+        *([] if batch_problems else check_replicas(config)),
         *check_imbalance(config),
         *_check_optimisation(config),
         *_check_tracking(config),
@@ -166,10 +165,8 @@ def _check_data(config: Config) -> list[str]:
     if unknown := _unknown("data.source", data.source, [*TEXT_SOURCES, *labelled]):
         return unknown
     if isinstance(config.model, LlamaConfig) != (data.source in TEXT_SOURCES):
-        of_text, classifiers = (
-            isinstance(config.model, LlamaConfig),
-            get_args(hints_of(ClassifierConfig)["kind"]),
-        )
+        of_text = isinstance(config.model, LlamaConfig)
+        classifiers = get_args(hints_of(ClassifierConfig)["kind"])
         fitting = "data=stdlib or data=text" if of_text else f"data={'|'.join(labelled)}"
         other = f"model={'|'.join(classifiers)}" if of_text else "a language model"
         problems.append(

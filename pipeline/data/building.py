@@ -105,10 +105,8 @@ def _tokenise(data: DataConfig, job: Job, directory: Path, say: Report, progress
                 written = time.monotonic()
                 _sync(outputs.values())
                 journal.write(directory)
-                done, rate = (
-                    sum(sizes[: journal.parts]),
-                    sum(sizes[first : journal.parts]) / (written - started),
-                )
+                done = sum(sizes[: journal.parts])
+                rate = (done - sum(sizes[:first])) / (written - started)
                 say(
                     f"corpus: part {journal.parts} of {len(parts)}, {rate / 1e6:.1f} MB/s, "
                     f"about {(sum(sizes) - done) / rate / 60:.0f} min to go"

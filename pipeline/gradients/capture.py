@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.batch._interface import Needs
 from pipeline.gradients.direction import Direction, InSample, Momentum, Previous, Step
+from pipeline.gradients.leaves import by_name
 from pipeline.gradients.microbatch import MicrobatchCapture
 from pipeline.gradients.recent import Recent
 from pipeline.gradients.sample import SampleCapture
@@ -32,18 +33,28 @@ class Capture(Protocol):
         """Whether ranks must keep their gradients whole until the step's last micro-batch, or must not."""
         ...
 
-    def start_step(self, counts: Sequence[int]) -> None: ...
+    def start_step(self, counts: Sequence[int]) -> None:
+        """`counts`: sequences of each micro-batch of the step, over all ranks."""
+        ...
 
     def continue_step(self, counts: Sequence[int]) -> None:
         """The step goes on after its sums were taken, with more micro-batches: `counts` of all of them. What
         was seen stays; the sums that follow are of the whole step."""
         ...
 
-    def unit(self, index: int) -> contextlib.AbstractContextManager[None]: ...
+    def unit(self, index: int) -> contextlib.AbstractContextManager[None]:
+        """Around the backward pass of micro-batch `index` of the step, of its share of the mean loss."""
+        ...
 
-    def sums(self) -> torch.Tensor: ...
+    def sums(self) -> torch.Tensor:
+        """This rank's part of what `statistics` needs, float64 [sums]; to be summed over all ranks. Called
+        when `.grad` is complete and before it is clipped."""
+        ...
 
-    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics: ...
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float | None) -> GradientStatistics:
+        """Of the step whose `sums` over all ranks these are. `mean_sq_norm`: ‖g‖²; None where ranks are
+        replicas, whose workers tell it by their products."""
+        ...
 
 
 def capture_for(
@@ -58,8 +69,7 @@ def capture_for(
     includes `l2`/2 ‖w‖². `recent`: gradients whose mean may stand for that of a step."""
     if needs.units == "worker":
         return WorkerCapture(model, ranks, needs.coordinates)
-    # DDP puts a prefix before names, which a checkpoint must not have.
-    parameters = {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+    parameters = by_name(model)
     direction: Direction | None = None
     if needs.direction == "momentum":
         direction = Momentum(list(parameters.values()), optimizer)

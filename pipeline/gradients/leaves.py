@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
 
 
+def by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names in a checkpoint, before which DDP puts a prefix."""
+    return {name.removeprefix("module."): parameter for name, parameter in model.named_parameters()}
+
+
 def leaves(model: nn.Module) -> dict[str, torch.Tensor]:
     """By parameter name. To be called by all ranks, after the model is distributed and has its weights."""
     parameters: dict[str, torch.Tensor] = dict(model.named_parameters())

@@ -176,7 +176,8 @@ class MicrobatchCapture:
             self._direction.step_done()
         return torch.cat(parts)
 
-    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float | None) -> GradientStatistics:
+        assert mean_sq_norm is not None, "of one model"
         measured = [(i, count) for i, count in enumerate(self._counts) if count]
         along = None
         if self._projecting and sums[2] > 0:

@@ -256,7 +256,8 @@ class SampleCapture:
                 add_coordinates(sums, variance.clamp_(min=0), mean, torch.ones_like(variance))
         return sums
 
-    def statistics(self, sums: Sequence[float], mean_sq_norm: float) -> GradientStatistics:
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float | None) -> GradientStatistics:
+        assert mean_sq_norm is not None, "of one model"
         sum_sq_norm, *rest = sums
         coordinates = along = None
         if self._squares is not None:

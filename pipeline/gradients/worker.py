@@ -137,8 +137,7 @@ class WorkerCapture:
             parts.append(self._coordinates)
         return torch.cat(parts)
 
-    def statistics(self, sums: Sequence[float], mean_sq_norm: float | None = None) -> GradientStatistics:
-        """`mean_sq_norm`: None where nobody has the mean of the gradients; then it follows from them."""
+    def statistics(self, sums: Sequence[float], mean_sq_norm: float | None) -> GradientStatistics:
         count = len(self._sequences)
         gram = np.array(sums[: count**2]).reshape(count, count)
         coordinates = None

@@ -115,9 +115,9 @@ class Background:
     `start`: what the buffer [n] holds before the first step. `adds`: a contribution is added to what was not
     sent yet, and the buffer is empty after an exchange; otherwise it replaces it, and the buffer keeps it.
     `waits(step)`: whether the main threads are waited for; then, and without a `group_of(step)`, which names
-    this rank's group, all ranks exchange. `grace_s`: how long
-    an exchange waits for the own main thread when that is only one step behind. `cluster_size`: so many
-    consecutive ranks compute the same, one of them contributes; None: every rank does.
+    this rank's group, all ranks exchange. `grace_s`: how long an exchange waits for the own main thread when
+    that is only one step behind. `cluster_size`: so many consecutive ranks compute the same, one of them
+    contributes; None: every rank does.
     """
 
     def __init__(

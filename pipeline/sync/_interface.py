@@ -32,9 +32,7 @@ class Method:
 
     settings: ClassVar[frozenset[str]] = frozenset()  # the sync.* settings that can change its result
     replicas: ClassVar[bool] = True  # False: the strategy averages gradients, there is one model
-    tests_batches: ClassVar[bool] = (
-        False  # whether gradients can be compared, in the steps that `check` allows
-    )
+    tests_batches: ClassVar[bool] = False  # gradients can be compared, in the steps that `check` allows
 
     def __init__(self, config: Config, ranks: Ranks, replica: Replica) -> None:
         self.config, self.ranks, self.replica = config.sync, ranks, replica
