@@ -35,11 +35,11 @@ from benchmarks.printing import beside_json
 
 HERE = Path(__file__).resolve().parents[1]
 TARGET_S = 1.0
-TIMEOUT_S = 300
+TIMEOUT_S = 600
 SWEEP = "demo"
 _GRID = ("-m", "experiment=demo", "batch=constant_16,constant_64,stages,norm_test", "seed=0,1")
 _RUN = ("-m", "pipeline", "experiment=demo", "batch=constant_16", "sweep.name=null")
-_SHORT = ("budget.tokens=20k", "lr.warmup_tokens=2k", "eval.sequences=8", "data.sequence_length=64")
+_SHORT = ("budget.tokens=5k", "lr.warmup_tokens=1k", "eval.sequences=8", "data.sequence_length=64")
 
 
 @dataclass(frozen=True)
