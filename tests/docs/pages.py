@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ PAGES = [
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
     if path.name not in ("CHANGELOG.md", "tables.md")
 ]
+STOP_S = 30
 _BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n)?```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Of a page's shell: stops at the first command that fails, and names it.
 _PREAMBLE = """set -eEuo pipefail
@@ -54,26 +56,33 @@ def shell(page: str) -> str:
 def run(script: str, directory: Path, timeout_s: float, **environment: str) -> str:
     """What a script printed, run with `directory` as the current one and as CRESCENDO_HOME; fails with that when a
     command does."""
-    python = str(Path(sys.executable).parent)
-    ended = subprocess.run(
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("CRESCENDO_", "WANDB_"))}
+    process = subprocess.Popen(
         ["bash", "-c", _PREAMBLE + script],
         cwd=directory,
         env={
-            **{
-                key: value
-                for key, value in os.environ.items()
-                if not key.startswith(("CRESCENDO_", "WANDB_"))
-            },
+            **kept,
             "CRESCENDO_HOME": str(directory),
             "PYTHONPATH": str(ROOT),
-            "PATH": f"{python}:{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1",  # more would wait for each other on a machine that does other things besides
             **environment,
         },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=timeout_s,
+        start_new_session=True,
     )
-    assert ended.returncode == 0, ended.stdout[-6000:]
-    return ended.stdout
+    try:
+        printed, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # on which a sweep stops its runs
+        try:
+            printed, _ = process.communicate(timeout=STOP_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, _ = process.communicate()
+        raise AssertionError(f"not done after {timeout_s:g} s\n{printed[-6000:]}") from None
+    assert process.returncode == 0, printed[-6000:]
+    return printed

@@ -14,8 +14,9 @@ from tests.docs.pages import PAGES, blocks, run, shell
 from tests.support import ROOT
 
 TIMEOUT_S = 240  # of a page, on a machine that does other things besides
-# A page whose commands are about what another one made.
-NEEDS = {"docs/reading-a-report.md": "docs/first-sweep.md"}
+NEEDS = {
+    "docs/reading-a-report.md": "docs/first-sweep.md"
+}  # a page whose commands are about what another made
 ON_A_CLUSTER = "docs/slurm.md"  # tests/slurm/test_documentation.py
 RUN = [page for page in PAGES if shell(page) and page != ON_A_CLUSTER]
 NOT_RUN = [page for page in PAGES if any(b.language == "bash" and not b.run for b in blocks(page))]
@@ -24,24 +25,24 @@ FOREIGN = ("wandb", "git", "pip", ".", "cd", "export")
 
 
 @pytest.fixture(scope="module")
-def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Types what a page says, once, in a directory of its own or in that of the page it goes on from. The directory."""
-    done: dict[str, Path] = {}
+def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], None]:
+    """Types what a page says, once. All in one directory, so that no run that two pages have is done twice."""
+    directory, done = tmp_path_factory.mktemp("pages"), set[str]()
 
-    def read(page: str) -> Path:
-        if page not in done:
-            before = NEEDS.get(page)
-            directory = read(before) if before else tmp_path_factory.mktemp(Path(page).stem)
-            run(shell(page), directory, TIMEOUT_S)
-            done[page] = directory
-        return done[page]
+    def read(page: str) -> None:
+        if page in done:
+            return
+        if page in NEEDS:
+            read(NEEDS[page])
+        run(shell(page), directory, TIMEOUT_S)
+        done.add(page)
 
     return read
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN)
-def test_every_command_of_a_page_works(read: Callable[[str], Path], page: str) -> None:
+def test_every_command_of_a_page_works(read: Callable[[str], None], page: str) -> None:
     read(page)
 
 
