@@ -40,20 +40,23 @@ SHOWN = {  # in the figure of batches: label of a schedule, its colour
 
 
 class Study:
+    """The sweep's schedules, and what a comparison reads off their runs."""
+
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.schedules = [s for s in summarise(sweep, run_numbers(sweep.record)) if s.finished]
+        self.schedules = [s for s in summarise(sweep, run_numbers(sweep.rows)) if s.finished]
         constant = [s for s in self.schedules if set(s.axes) == {"batch", "batch.size"}]
         self.constants = [s for s in constant if s.axes["batch"] == "constant"]
         self.seconds = min(n.seconds or math.inf for s in self.schedules for n in s.numbers.values())
 
     def loss_at(self, run: Run, column: str, place: float) -> float:
         """Validation loss of a run after so many steps or seconds; NaN beyond its end."""
-        rows = self.sweep.record.filter((pl.col("point") == run.point) & pl.col("val/loss").is_not_null())
+        rows = self.sweep.rows[run.point].filter(pl.col("val/loss").is_not_null())
         x, y = rows[column].to_numpy().astype(float), rows["val/loss"].to_numpy().astype(float)
         return float(np.interp(place, x, y, left=math.nan, right=math.nan))
 
     def losses(self, schedule: Schedule, column: str, place: float) -> Estimate | None:
+        """Over seeds; None where a run did not come so far."""
         found = [self.loss_at(run, column, place) for run in schedule.finished]
         return estimate(found) if all(math.isfinite(loss) for loss in found) else None
 
@@ -141,7 +144,7 @@ def draw_batches(study: Study, path: Path) -> None:
         if schedule.label not in SHOWN:
             continue
         run = schedule.finished[0]
-        rows = study.sweep.record.filter((pl.col("point") == run.point) & pl.col("batch/size").is_not_null())
+        rows = study.sweep.rows[run.point].filter(pl.col("batch/size").is_not_null())
         rows = rows[:-1]  # the last step is cut to the budget
         axes.step(
             rows["tokens"] / 1000,

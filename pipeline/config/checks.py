@@ -134,7 +134,7 @@ def _check_parallel(parallel: ParallelConfig, launch: LaunchConfig) -> list[str]
     used = strategies.strategy_class(parallel.strategy).axes
     problems = [
         f"parallel.{axis}={ranks}: parallel={parallel.strategy} does not use this axis; it must be 1"
-        for axis in parallel.unused_axes
+        for axis in parallel.unused_axes()
         if (ranks := parallel.mesh[axis]) != 1
     ]
     if parallel.compile and "tensor" in used:

@@ -195,7 +195,7 @@ def _whole_mesh(parallel: ParallelConfig, launch: LaunchConfig) -> ParallelConfi
     if not open_axes:
         return parallel
     axis, key = open_axes[0], f"parallel.{open_axes[0]}=-1"
-    if axis in parallel.unused_axes:
+    if axis in parallel.unused_axes():
         raise ConfigError(f"{key}: parallel={parallel.strategy} does not use this axis; it must be 1")
     if len(open_axes) > 1:
         raise ConfigError(f"{key} and parallel.{open_axes[1]}=-1: only one axis can be the rest of the ranks")

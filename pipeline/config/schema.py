@@ -130,7 +130,6 @@ class ParallelConfig:
     def world_size(self) -> int:
         return self.data_ranks * self.tensor
 
-    @property
     def unused_axes(self) -> list[str]:
         """Axes of the mesh that the strategy does not divide anything along; none of an unknown strategy."""
         if self.strategy not in strategies.names():
