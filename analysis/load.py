@@ -212,13 +212,21 @@ def _load_point(number: int, point: dict[str, Any], last: list[str], origin: Ori
     if not directory.config_file.exists():
         return _load_remote(number, directory.id, axes, log, command, origin)
     config, config_problem = attempt(directory.config, directory.config_file)
-    status, status_problem = attempt(directory.status, directory.status_file)
+    status, status_problem = attempt(lambda: _status_in(directory), directory.status_file)
     unreadable = config_problem or status_problem or log.problem or _gap(log, status, origin)
     state: PointState = "UNREADABLE" if unreadable else status.state if status else "MISSING"
     if state == "RUNNING" and attempt(directory.is_locked, directory.path)[0] is False:
         state = "LOST"  # it died without a word
     problem = unreadable or (status.error if status else None)
     return Run(number, directory.id, axes, state, problem, config, status, command, log.url, _task(config))
+
+
+def _status_in(directory: RunDirectory) -> Status | None:
+    """Raises ValueError for a damaged one, which is not to pass for that of a failed run."""
+    try:
+        return directory.read_status()
+    except FileNotFoundError:
+        return None
 
 
 def _load_remote(

@@ -123,7 +123,12 @@ def _damage(logs: Sequence[Log]) -> list[str]:
 
 def _read_record(run: RunDirectory) -> Log:
     found, problem = attempt(functools.partial(read_record, run.metrics_file), run.metrics_file)
-    return Log(problem=problem) if found is None else Log(found[0], damage=found[1])
+    if found is None:
+        return Log(problem=problem)
+    log = Log(found[0], damage=found[1])
+    if log.trained and (gaps := int(log.trained[-1] - log.trained[0]) + 1 - len(set(log.trained))):
+        log.damage.append(f"{run.id}/{run.metrics_file.name}: {gaps:,} steps are missing")
+    return log
 
 
 # --- wandb's files ---------------------------------------------------------------------------------------

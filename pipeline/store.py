@@ -268,7 +268,12 @@ class RunDirectory:
                 f"{self.config_file}: is not what was frozen ({_first_line(error)}). Bring it back from a "
                 f"copy; or move {self.path} away and give the command that asked for the run: it begins again"
             ) from None
-        config = thawed(tree)
+        try:
+            config = thawed(tree)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{self.config_file}: cannot be read by this version", *error.problems
+            ) from None
         own_schedules.note(config.batch.schedule, self.schedule_file)
         return config
 
@@ -281,15 +286,15 @@ class RunDirectory:
         when it is asked for again.
         """
         try:
-            return self._read_status()
+            return self.read_status()
         except FileNotFoundError:
             return None
         except ValueError as error:
             lost = f"status.json cannot be read ({_first_line(error)}); the run goes on when asked for again"
             return Status("FAILED", attempt=self.newest_attempt(), error=lost)
 
-    def _read_status(self) -> Status:
-        """Raises ValueError for a damaged file."""
+    def read_status(self) -> Status:
+        """As it is in the file. Raises FileNotFoundError, and ValueError for a damaged one."""
         return _status_of(self.status_file.read_text(encoding="utf-8"))
 
     def newest_attempt(self) -> int:
@@ -299,7 +304,7 @@ class RunDirectory:
         found = [int(name[1]) for name in named if name]
         row = self.last_row()
         with contextlib.suppress(FileNotFoundError, ValueError):
-            found.append(self._read_status().attempt)
+            found.append(self.read_status().attempt)
         return max([*found, row["attempt"] if row else 0])
 
     def write_status(self, status: Status) -> None:
@@ -308,7 +313,7 @@ class RunDirectory:
 
     def update_status(self, **changes: Any) -> None:
         try:
-            status = self._read_status()
+            status = self.read_status()
         except FileNotFoundError:
             status = Status("PENDING")
         except ValueError:  # damaged under the run
@@ -474,26 +479,29 @@ class MetricsWriter:
         if not data.endswith(b"\n"):  # a write torn by a full disk or a power cut
             os.ftruncate(self._fd, data.rfind(b"\n") + 1)
 
-    def go_on_after(self, step: int, first: int | None = 1) -> None:
-        """Sees to it that the rows of steps `first` (None: of the first there is) to `step` are all there. A
-        damaged line after them, which a power cut may leave, is cut off with the rest: all that is trained
-        again.
+    def go_on_after(self, step: int, first: int | None = 1, evaluation_tokens: int | None = None) -> None:
+        """Sees to it that all rows up to this step are there: of training from step `first` (None: the first
+        there is), and of an evaluation wherever `evaluation_tokens` were passed. A damaged line after them,
+        which a power cut may leave, is cut off with the rest: all that is trained again.
 
         Raises ConfigError when rows are lost that no attempt will write again.
         """
         rows, left = _rows_before_damage(self._path)
-        steps = {row["step"] for row in rows if "train/loss" in row}
-        begin = min(steps, default=1) if first is None else first
-        missing = sorted(set(range(begin, step + 1)) - steps)
-        evaluation = (
-            step > 0 and left > 0 and max(steps, default=0) <= step
-        )  # may be what the damaged line was
-        if missing or evaluation:
-            where = f"line {len(rows) + 1} is no row" if left else f"step {missing[0]} is missing"
-            raise ConfigError(
-                f"{self._path}: {where}, and the run would go on after step {step}. Bring the file "
-                f"back from a copy, or delete {self._path.parent / 'checkpoints'} to train it all again"
+        trained = {row["step"]: row["tokens"] for row in rows if "train/loss" in row}
+        evaluated = {row["step"] for row in rows if "val/loss" in row}
+        begin = min(trained, default=1) if first is None else first
+        for number in range(begin, step + 1):
+            passed = (
+                number in trained
+                and evaluation_tokens is not None
+                and (trained[number] // evaluation_tokens > trained.get(number - 1, 0) // evaluation_tokens)
             )
+            if number not in trained or (passed and number not in evaluated and number > begin):
+                where = f"line {len(rows) + 1} is no row" if left else f"step {number} is missing"
+                raise ConfigError(
+                    f"{self._path}: {where}, and the run would go on after step {step}. Bring the file "
+                    f"back from a copy, or delete {self._path.parent / 'checkpoints'} to train it all again"
+                )
         if left:
             report(f"{self._path.name}: line {len(rows) + 1} is no row; cut off there, after step {step}")
             os.ftruncate(self._fd, os.fstat(self._fd).st_size - left)

@@ -7,10 +7,12 @@ import queue
 import sys
 import threading
 import traceback
+from pathlib import Path
 from typing import Any
 
 from pipeline.batch import schedule_class
 from pipeline.config import Config, to_tree
+from pipeline.secrets import mask_files, masked
 from pipeline.store import Row, RunDirectory
 
 QUEUED_ROWS = 200
@@ -24,6 +26,7 @@ class Tracker:
     takes a second that the first step need not share; rows that come meanwhile wait for it."""
 
     def __init__(self, config: Config, run: RunDirectory, attempt: int) -> None:
+        self._run = run
         self._every = config.track.every
         self._rows: queue.SimpleQueue[Row | int] = queue.SimpleQueue()  # an exit code ends it
         self._room = STARTING_ROWS
@@ -53,6 +56,11 @@ class Tracker:
             self._rows.put(exit_code)
             self._start_once(mirror)  # also a run without a row is shown, as failed
             mirror.join(FINISH_TIMEOUT_S)
+        mask_files(self._logs())  # also where the mirror has failed
+
+    def _logs(self) -> list[Path]:
+        """Where words of wandb's server may have come to, in any attempt."""
+        return [*self._run.logs.glob("*.log"), *self._run.path.glob("wandb/**/*.log")]
 
     def _start_once(self, mirror: threading.Thread) -> None:
         if mirror.ident is None:
@@ -71,7 +79,7 @@ class Tracker:
         except Exception:  # whatever wandb raises must not end a run
             self._mirror = None
             print("wandb failed; the run goes on and metrics.jsonl is complete", file=sys.stderr)
-            traceback.print_exc()
+            print(masked(traceback.format_exc()), file=sys.stderr)
 
     def _start(self, config: Config, run: RunDirectory, attempt: int, mode: str) -> Any:
         # Tables and caches would otherwise lie outside the run directory and be lost when it is copied.

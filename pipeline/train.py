@@ -476,7 +476,8 @@ class Trainer:
         """Goes on from the newest checkpoint, or starts at the beginning, or where it branches off."""
         saved = self.checkpoints.restore()
         if self.metrics:
-            self.metrics.go_on_after(saved.step if saved else 0, None if self.config.branch.run else 1)
+            first = None if self.config.branch.run else 1
+            self.metrics.go_on_after(saved.step if saved else 0, first, self.config.eval.interval_tokens)
         if saved:
             self.progress = saved
             if self.ranks.is_main:

@@ -39,7 +39,7 @@ def main() -> int:
     tallies = campaign(
         chosen, lab, options.seed, (part, parts), options.jobs, lambda tally: _tell(tally, lab)
     )
-    injected = sum(len(tally.verdicts) for tally in tallies)
+    injected = sum(len(tally.verdicts) - tally.count("skipped") for tally in tallies)
     bad = sum(tally.count(outcome) for tally in tallies for outcome in BAD)
     too_few = not options.family and parts == 1 and injected < AT_LEAST
     if options.json:
@@ -60,6 +60,7 @@ def _prepare(lab: Path, log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     runs.prepare(lab)
+    runs.prepare_two(lab)
 
 
 def _tell(tally: Tally, lab: Path) -> None:

@@ -4,6 +4,7 @@
     failed cleanly  it said in a line what is wrong and how to go on, and nothing that was there is gone
     lost data       anything else that came to an end: another record, a missing one, a traceback
     hung            what did not end in time, or left a process behind
+    skipped         it could not be injected here: a disk needs the right to mount one
 
 A family is a function that injects fault number n; what it draws comes from the random numbers it is given, so
 that a seed and a number name a fault.
@@ -29,9 +30,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Literal, get_args
 
+from _pytest.outcomes import Skipped
+
 from tests.support import ROOT
 
-Outcome = Literal["survived", "failed cleanly", "lost data", "hung"]
+Outcome = Literal["survived", "failed cleanly", "lost data", "hung", "skipped"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 BAD: tuple[Outcome, ...] = ("lost data", "hung")
 
@@ -177,6 +180,8 @@ def _fault(name: str, place: Place, seed: int, number: int, answer: Path) -> Non
     os.chdir(ROOT)
     try:
         verdict = FAMILIES[name].inject(place, random.Random(f"{seed} {name} {number}"), number)
+    except Skipped as reason:
+        verdict = Verdict("skipped", str(reason))
     except Exception as error:
         traceback.print_exc()
         verdict = Verdict("lost data", f"{type(error).__name__}: {error}")

@@ -79,6 +79,9 @@ _LINES: Sequence[Callable[[bytes, random.Random], bytes]] = (
 )
 
 
+GONE = 4  # of these
+
+
 def damage_a_line(path: Path, draw: random.Random, number: int) -> int:
     """At the start, in the middle or at the end. Which."""
     lines, at = line_of((0.0, draw.random(), 0.999)[number % 3], path.read_bytes())
@@ -101,7 +104,12 @@ def metrics_compared(place: Place, draw: random.Random, number: int) -> Verdict:
     """The report must say what it could not read."""
     run = draw.choice(sweep(place))
     there = truth(run.path)
-    damage_a_line(run.metrics_file, draw, number)
+    if number % len(_LINES) == GONE:  # only of training: a report does not know when there was to be another
+        lines = run.metrics_file.read_bytes().splitlines(keepends=True)
+        lines.remove(draw.choice([line for line in lines[1:-2] if b"train/loss" in line]))
+        run.metrics_file.write_bytes(b"".join(lines))
+    else:
+        damage_a_line(run.metrics_file, draw, number)
     if bad := shown("s", run.path):
         return bad
     return compared(run, there)

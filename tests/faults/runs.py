@@ -31,10 +31,13 @@ import torch.distributed.launcher.api as launcher
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import pipeline.train as training
+from launchers import manifest
+from launchers.plan import freeze
 from pipeline import worker
 from pipeline.config import Config
 from pipeline.store import RunDirectory, read_rows
 from tests.faults.campaign import Place, Verdict
+from tests.launchers.support import plan
 from tests.support import config
 
 SETTINGS = [
@@ -76,8 +79,18 @@ def composed(lab: Path, *more: str) -> Config:
 # --- what faults start from
 
 
+def prepare_two(lab: Path) -> None:
+    home = lab / "two-home"
+    home.mkdir()
+    (home / "corpora").symlink_to(lab / "corpora")
+    with environment(CRESCENDO_HOME=str(home), WANDB_MODE="disabled"):
+        run = frozen(composed(lab, *TWO))
+        assert command("pipeline.worker", str(run.path)).code == 0
+        run.path.rename(lab / "two")
+
+
 def prepare(lab: Path) -> None:
-    """Trains what is in the lab. Once, in a process of its own."""
+    """Trains what is in the lab, but for LAB/two. Once, in a process of its own."""
     (lab / "text").mkdir(parents=True)
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-b]*.py")):
         (lab / "text" / f"{source.stem}.txt").write_bytes(source.read_bytes())
@@ -101,19 +114,15 @@ def prepare(lab: Path) -> None:
             assert (ended.code == 0) == (sabotage is None), ended.output
             run.path.rename(lab / name)
             shutil.rmtree(home)
-    home = lab / "two-home"
-    home.mkdir()
-    (home / "corpora").symlink_to(lab / "corpora")
-    with environment(CRESCENDO_HOME=str(home), WANDB_MODE="disabled", OMP_NUM_THREADS="1"):
-        run = frozen(composed(lab, *TWO))
-        assert command("pipeline.worker", str(run.path)).code == 0
-        run.path.rename(lab / "two")
     home = lab / "sweep"
     home.mkdir()
     (home / "corpora").symlink_to(lab / "corpora")
     with environment(CRESCENDO_HOME=str(home), WANDB_MODE="disabled", OMP_NUM_THREADS="1"):
-        ended = command("pipeline", "-m", *settings(lab), "seed=0,1", "sweep.name=s", "launch.max_parallel=2")
-        assert ended.code == 0, ended.output
+        planned = plan(*settings(lab), "seed=0,1", "sweep.name=s")
+        freeze(planned.points)
+        manifest.write(planned, "local")
+        for point in planned.points:
+            assert Worker(point.directory).ended(120).code == 0
 
 
 @contextlib.contextmanager
