@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    name: str, faults: int, timeout_s: float = 180.0, sleeps: bool = False
+    name: str, faults: int, timeout_s: float = 600.0, sleeps: bool = False
 ) -> Callable[[Inject], Inject]:
     """Registers a function as a family of faults."""
 
