@@ -8,6 +8,10 @@ everything is recorded:
     3. the manifest and every run get the ids of their jobs
     4. the jobs are released
 
+What a job executes lies in sweeps/<name>/: submitit's pickles of it, and the copy of the code. Whoever may
+write there has code run in the name of who submitted: a CRESCENDO_HOME that several people may write to
+belongs to people who trust each other. What lies in run directories is read, never executed.
+
 Whenever this process dies, the same command goes on from the manifest: jobs of a batch without ids never left
 their hold and are cancelled by the batch's name, those of a batch with ids are released.
 """

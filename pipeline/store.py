@@ -487,7 +487,7 @@ class MetricsWriter:
         Raises ConfigError when rows are lost that no attempt will write again.
         """
         rows, left = _rows_before_damage(self._path)
-        trained = {row["step"]: row["tokens"] for row in rows if "train/loss" in row}
+        trained = {row["step"]: row.get("tokens", 0) for row in rows if "train/loss" in row}
         evaluated = {row["step"] for row in rows if "val/loss" in row}
         begin = min(trained, default=1) if first is None else first
         for number in range(begin, step + 1):

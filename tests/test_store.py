@@ -309,3 +309,72 @@ def test_of_many_takers_at_once_one_wins(tmp_path: Path):
     for taker in takers:
         taker.join(30)
     assert wins.qsize() == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"state": "DONF"}', '{"state": "DONE", "attempt": "2"}', "\0" * 20]
+)
+def test_a_damaged_status_is_a_failure_that_says_so_and_no_attempt_is_counted_twice(text: str, home: Path):
+    composed = config()
+    run = RunDirectory.of(composed)
+    run.freeze(composed)
+    run.update_status(state="RUNNING", attempt=3)
+    writer = MetricsWriter(run.metrics_file)
+    writer.write(row(7, attempt=4))
+    writer.close()
+    run.logs.mkdir()
+    (run.logs / "attempt-5.rank-0.log").touch()
+    run.status_file.write_text(text)
+    status = run.status()
+    assert status and (status.state, status.attempt) == ("FAILED", 5)
+    assert status.error and status.error.startswith("status.json cannot be read (")
+    with pytest.raises(ValueError, match=r"\w"):
+        run.read_status()
+    run.update_status(step=8)  # by the run that is at work
+    assert run.read_status().state == "RUNNING" and run.read_status().attempt == 5
+
+
+@pytest.mark.parametrize("damage", ["seed: 1", "truncated", "[", "!!python/name:os.system", "\udc80", "- 3"])
+def test_a_config_that_is_not_what_was_frozen_is_refused(damage: str, home: Path):
+    composed = config("seed=7")
+    run = RunDirectory.of(composed)
+    run.freeze(composed)
+    text = run.config_file.read_text()
+    bad = {"seed: 1": text.replace("seed: 7", "seed: 1"), "truncated": text[:-40]}.get(damage, damage)
+    run.config_file.write_bytes(bad.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match=r"config\.yaml: is not what was frozen \(.*\)\. Bring it back"):
+        run.config()
+    run.config_file.write_text(text.partition("\n")[2])  # of an earlier version
+    assert run.config() == composed
+
+
+def test_a_record_goes_on_only_where_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "metrics.jsonl"
+
+    def rows_left(*lines: str, step: int = 3) -> int:
+        path.write_text("".join(lines))
+        writer = MetricsWriter(path)
+        try:
+            writer.go_on_after(step, evaluation_tokens=200)
+        finally:
+            writer.close()
+        return len(read_rows(path))
+
+    one, two, three, four = (json.dumps(row(n, tokens=100 * n)) + "\n" for n in (1, 2, 3, 4))
+    evaluation = json.dumps({"step": 2, "tokens": 200, "attempt": 1, "val/loss": 3.0}) + "\n"
+    assert rows_left(one, two, evaluation, three, four) == 5
+    assert rows_left(one, two, evaluation, three, "\0" * 9 + "\n", four) == 4
+    assert "line 5 is no row; cut off there, after step 3" in capsys.readouterr().out
+    assert rows_left("nonsense\n", one, step=0) == 0  # all is trained again
+    for lines, where in (
+        ((one, "{}\n", evaluation, three), "line 2 is no row"),
+        ((one, evaluation, three, four), "step 2 is missing"),
+        ((one, two, three, four), "step 2 is missing"),  # its evaluation
+        ((one, two, evaluation), "step 3 is missing"),
+        ((), "step 1 is missing"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"metrics\.jsonl: {where}, and the run would go on after step 3\."
+        ):
+            rows_left(*lines)
+        assert path.read_text() == "".join(lines)

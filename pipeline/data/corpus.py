@@ -122,11 +122,13 @@ def _open(directory: Path) -> Corpus | None:
     """The finished corpus there, or None."""
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        if np.dtype(report["dtype"]).kind != "u":  # such as Python objects, whose addresses would be read
+            return None
         splits = {split: _map(directory / f"{split}.bin", report["dtype"]) for split in SPLITS}
-    except FileNotFoundError:
+        if any(splits[split].size != report[f"{split}_tokens"] for split in SPLITS):
+            return None  # a copy or a disk that lost its end
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # none there, or damaged
         return None
-    if any(splits[split].size != report[f"{split}_tokens"] for split in SPLITS):
-        return None  # a copy or a disk that lost its end
     return Corpus(**splits, fingerprint=report["fingerprint"], vocab_size=report["vocab_size"], report=report)
 
 

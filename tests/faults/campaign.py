@@ -81,7 +81,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def family(
-    name: str, faults: int, timeout_s: float = 180.0, sleeps: bool = False
+    name: str, faults: int, timeout_s: float = 600.0, sleeps: bool = False
 ) -> Callable[[Inject], Inject]:
     """Registers a function as a family of faults."""
 
@@ -139,7 +139,7 @@ def inject(family: Family, lab: Path, seed: int, number: int) -> tuple[Verdict, 
     answer = place.home.with_suffix(".verdict")
     answer.unlink(missing_ok=True)
     context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_fault, args=(family.name, place, seed, number, answer))
+    process = context.Process(target=_fault, args=(family, place, seed, number, answer))
     process.start()
     process.join(family.timeout_s)
     verdict = _verdict(family, process, answer)
@@ -163,7 +163,7 @@ def _verdict(family: Family, process: ForkServerProcess, answer: Path) -> Verdic
     return Verdict(told["outcome"], told["why"])
 
 
-def _fault(name: str, place: Place, seed: int, number: int, answer: Path) -> None:
+def _fault(family: Family, place: Place, seed: int, number: int, answer: Path) -> None:
     """In the process of the fault."""
     ctypes.CDLL(None).prctl(_SUBREAPER, 1)
     output = os.open(place.home.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -179,7 +179,7 @@ def _fault(name: str, place: Place, seed: int, number: int, answer: Path) -> Non
     os.environ["PYTHONPATH"] = str(ROOT)
     os.chdir(ROOT)
     try:
-        verdict = FAMILIES[name].inject(place, random.Random(f"{seed} {name} {number}"), number)
+        verdict = family.inject(place, random.Random(f"{seed} {family.name} {number}"), number)
     except Skipped as reason:
         verdict = Verdict("skipped", str(reason))
     except Exception as error:

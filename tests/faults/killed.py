@@ -52,7 +52,7 @@ def supervisor_killed(place: Place, draw: random.Random, number: int) -> Verdict
     return judged(run, finished(run), place.lab)
 
 
-@family("rank of two killed", 8, timeout_s=300)
+@family("rank of two killed", 8, timeout_s=600)
 def rank_of_two_killed(place: Place, draw: random.Random, number: int) -> Verdict:
     """DDP, really started."""
     corpora(place)
@@ -73,7 +73,7 @@ def ranks(supervisor: int) -> list[int]:
     return [pid for pid, line in descendants(supervisor).items() if "pipeline.worker" in line]
 
 
-@family("launcher killed", 6, timeout_s=420)
+@family("launcher killed", 6, timeout_s=900)
 def launcher_killed(place: Place, draw: random.Random, number: int) -> Verdict:
     """The command of a sweep; its workers go on without it, and the same command finds what they did."""
     corpora(place)
@@ -97,7 +97,7 @@ def launcher_killed(place: Place, draw: random.Random, number: int) -> Verdict:
     return Verdict("survived")
 
 
-@family("wandb killed", 6, timeout_s=300, sleeps=True)
+@family("wandb killed", 6, timeout_s=600, sleeps=True)
 def wandb_killed(place: Place, draw: random.Random, number: int) -> Verdict:
     """wandb's own process; the run goes on."""
     os.environ["WANDB_MODE"] = "offline"

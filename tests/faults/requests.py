@@ -104,7 +104,7 @@ def drawn(seed: int) -> list[str]:
     return found[-1]
 
 
-@family("malformed config", 200, timeout_s=120)
+@family("malformed config", 200)
 def malformed_config(place: Place, draw: random.Random, number: int) -> Verdict:
     overrides = drawn(draw.randrange(2**32))
     asked = ["-m", *overrides, "hydra/launcher=preview"] if number % 4 == 3 else overrides

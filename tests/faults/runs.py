@@ -61,6 +61,7 @@ TRUTH = (
     "grad/norm",
 )
 
+PATIENCE_S = 240.0  # for a run of seconds: on a machine that others use it may take a minute
 _PROGRESS = ("run ", "step ", "again, ", "corpus ", "resumed ", "checkpoint at ", "  ")
 
 Sabotage = Callable[[], None]
@@ -240,7 +241,7 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def ended(self, timeout_s: float = 90.0) -> Ended:
+    def ended(self, timeout_s: float = PATIENCE_S) -> Ended:
         self._process.join(timeout_s)
         code = self._process.exitcode
         text = self._output.read_text(errors="replace")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.faults import families  # noqa: F401
-from tests.faults.campaign import BAD, FAMILIES, campaign
-from tests.faults.runs import prepare
+from tests.faults.campaign import BAD, FAMILIES, Family, Place, Verdict, campaign
+from tests.faults.runs import Ended, cut_run, finished, judged, prepare
 
 # The others start real processes or wait: tests/training/test_worker.py and tests/launchers have their like.
 SHARES = {
@@ -37,3 +41,57 @@ def test_no_fault_costs_data_or_hangs(name: str, lab: Path):
     assert tally.verdicts
     bad = {number: v for number, v in tally.verdicts.items() if v.outcome in BAD}
     assert not bad
+
+
+# --- the campaign itself: it must be able to end badly
+
+
+def another_loss(place: Place, draw: random.Random, number: int) -> Verdict:
+    """In one row, of a step that is not trained again."""
+    run = cut_run(place)
+    lines = run.metrics_file.read_text().splitlines(keepends=True)
+    lines[3] = lines[3].replace('"train/loss": ', '"train/loss": 1')
+    run.metrics_file.write_text("".join(lines))
+    return judged(run, finished(run), place.lab)
+
+
+def traceback(place: Place, draw: random.Random, number: int) -> Verdict:
+    run = cut_run(place)
+    return judged(
+        run, Ended(1, f"run {run.id}: FAILED: step 3\nTraceback (most recent call last):"), place.lab
+    )
+
+
+def no_reason(place: Place, draw: random.Random, number: int) -> Verdict:
+    return judged(cut_run(place), Ended(1, "run x: attempt 2\nsomething is wrong"), place.lab)
+
+
+def unfinished(place: Place, draw: random.Random, number: int) -> Verdict:
+    return judged(cut_run(place), Ended(0, ""), place.lab)
+
+
+def error(place: Place, draw: random.Random, number: int) -> Verdict:
+    raise RuntimeError("of the fault itself")
+
+
+def endless(place: Place, draw: random.Random, number: int) -> Verdict:
+    time.sleep(600)
+    return Verdict("survived")
+
+
+def left_behind(place: Place, draw: random.Random, number: int) -> Verdict:
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    return Verdict("survived")
+
+
+@pytest.mark.parametrize(
+    ("inject", "outcome"),
+    [
+        (another_loss, "lost data"), (traceback, "lost data"), (no_reason, "lost data"),
+        (unfinished, "lost data"), (error, "lost data"), (endless, "hung"), (left_behind, "hung"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_is_counted(inject, outcome: str, lab: Path):
+    timeout_s = 2.0 if inject is endless else 120.0
+    (tally,) = campaign([Family("made up", 1, inject, timeout_s, sleeps=False)], lab)
+    assert [verdict.outcome for verdict in tally.verdicts.values()] == [outcome]

@@ -30,7 +30,7 @@ class Moody(WandbServer):
         return super().answer(*asked)
 
 
-@family("wandb answers", 12, timeout_s=400, sleeps=True)
+@family("wandb answers", 12, timeout_s=900, sleeps=True)
 def wandb_answers(place: Place, draw: random.Random, number: int) -> Verdict:
     status = (429, 500, None)[number % 3]
     server = Moody(status, _CALLS[number // 3 % len(_CALLS)], draw.choice([1, 5, 10_000]))
@@ -40,4 +40,4 @@ def wandb_answers(place: Place, draw: random.Random, number: int) -> Verdict:
     run = new_run(place)
     worker = Worker(run)  # before the server's threads begin: a process with threads is not to be forked
     with contextlib.suppress(AssertionError), server:
-        return judged(run, worker.ended(300), place.lab)
+        return judged(run, worker.ended(400), place.lab)
