@@ -475,9 +475,8 @@ class Trainer:
     def resume(self) -> None:
         """Goes on from the newest checkpoint, or starts at the beginning, or where it branches off."""
         saved = self.checkpoints.restore()
-        if self.metrics:
-            first = None if self.config.branch.run else 1
-            self.metrics.go_on_after(saved.step if saved else 0, first, self.config.eval.interval_tokens)
+        if self.record:
+            self.record.go_on_after(saved.step if saved else 0)
         if saved:
             self.progress = saved
             if self.ranks.is_main:
