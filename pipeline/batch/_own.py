@@ -56,8 +56,9 @@ def options() -> list[str]:
     from pipeline.config import ConfigError
     from pipeline.overrides import CONF
 
-    here = directory()
-    files = [] if here is None else sorted(here.glob("*.py"))
+    if (here := directory()) is None:
+        return []
+    files = sorted(file for file in here.glob("*.py") if not file.stem.startswith("_"))
     taken = {
         path.stem for folder in ("conf/batch", "pipeline/batch") for path in (CONF.parent / folder).iterdir()
     }
@@ -65,7 +66,7 @@ def options() -> list[str]:
         raise ConfigError(
             *(f"{f}: batch={f.stem} is a schedule of Crescendo's. Rename the file" for f in shadows)
         )
-    return [file.stem for file in files if not file.stem.startswith("_")]
+    return [file.stem for file in files]
 
 
 def option(name: str) -> dict[str, Any]:

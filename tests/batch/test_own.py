@@ -141,7 +141,7 @@ def test_a_file_that_is_no_schedule_is_named_with_the_line(write: Write, text: s
     composed("batch=constant")  # which executes no file of theirs
 
 
-@pytest.mark.parametrize("name", ["norm_test", "constant_16", "_adaptive"])
+@pytest.mark.parametrize("name", ["norm_test", "constant_16"])
 def test_a_built_in_name_is_refused_whatever_is_asked_for(write: Write, name: str) -> None:
     file = write(POWER, name)
     with pytest.raises(ConfigError, match=f"{file}: batch={name} is a schedule of Crescendo's. Rename"):
