@@ -4,12 +4,12 @@
                                [--environment DIRECTORY] [--json]
 
 The peers (benchmarks/peer_trainers, one file each) are OLMo-core, Hugging Face's Trainer, Lightning Fabric
-and a loop in one file as nanoGPT's; ours is `python -m pipeline`, with its record and its supervisor. They are
-installed into a virtual environment of the benchmark's own, ours with them, so that all run on one torch.
+and a loop in one file as nanoGPT's; ours is `python -m pipeline`, with its record and its supervisor. They
+are installed into a virtual environment of the benchmark's own, ours with them, so that all run on one torch.
 
 The work is equal: a Llama of one shape, the same initial weights and tokens, float32, AdamW with the same
-settings, clipping, the same micro-batches and threads. That it is shows in the losses: no ratio is given for a
-peer whose loss at any step differs from ours by more than float32 rounding explains.
+settings, clipping, the same micro-batches and threads. That it is shows in the losses: no ratio is given for
+a peer whose loss at any step differs from ours by more than float32 rounding explains.
 
 Each run is a process of its own, measured from outside: every trainer leaves a row with the time after each
 step, as our record does; when the last step wanted is there, the peak memory of its largest process is read
@@ -86,7 +86,7 @@ def prepare(directory: Path) -> Task:
     model, optim = composed.model, composed.optim
     assert isinstance(model, LlamaConfig) and optim.clip is not None
     shape = Shape(**{name: getattr(model, name) for name in Shape.__dataclass_fields__})
-    steps = WARM_UP + TIMED + 4  # more than wanted: a trainer is ended before it ends by itself
+    steps = WARM_UP + TIMED + 4  # a trainer is ended before it ends by itself, and its memory cannot be read
     corpus = prepare_corpus(composed.data, directory / "corpora")
     stream = Stream(corpus.train, composed.data.sequence_length, composed.data.seed)
     np.save(directory / "tokens.npy", stream.read(0, steps * composed.batch.size).astype(np.uint16))
@@ -182,7 +182,7 @@ def run(name: str, python: Path, task: Task, timeout_s: float = TIMEOUT_S) -> Ru
         try:
             return _watch(process, task, began, timeout_s)
         except Failed as failure:
-            tail = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
+            tail = "\n".join(output.read_text(errors="replace").splitlines()[-25:])
             raise Failed(f"{name}, {task.layout}: {failure}\n{tail}") from None
         finally:
             _end(process)
@@ -191,12 +191,14 @@ def run(name: str, python: Path, task: Task, timeout_s: float = TIMEOUT_S) -> Ru
 def _watch(process: subprocess.Popen[bytes], task: Task, began: float, timeout_s: float) -> Run:
     wanted = WARM_UP + TIMED
     deadline = time.monotonic() + timeout_s
-    while len(steps := steps_in(Path(task.directory))) < wanted:
+    steps: list[tuple[float, float]] = []
+    while len(steps) < wanted:
         if process.poll() is not None:
-            raise Failed(f"ended with exit code {process.returncode} after {len(steps)} of {wanted} steps")
+            raise Failed(f"ended with exit code {process.returncode} before its step {wanted} was seen")
         if time.monotonic() > deadline:
             raise Failed(f"took more than {timeout_s:.0f} s, for {len(steps)} of {wanted} steps")
         time.sleep(0.1)
+        steps = steps_in(Path(task.directory))
     memory = max(peak_mib(pid) for pid in family(process.pid))
     losses, times = zip(*steps[:wanted], strict=True)
     seconds = [after - before for before, after in itertools.pairwise(times)]
@@ -319,7 +321,8 @@ def show(layout: str, rounds: Rounds, figures: dict[str, dict[str, Any]], tokens
                 f"{figure['start']:.2f}×",
             ]
         print(
-            f"  {name:14} {rate:8,.0f}  {ratios[0]:20}  {memory:8.0f}  {ratios[1]:6}  {start:11.1f}   {ratios[2]}"
+            f"  {name:14} {rate:8,.0f}  {ratios[0]:20}  {memory:8.0f}  {ratios[1]:6}"
+            f"  {start:11.1f}   {ratios[2]}"
         )
 
 

@@ -81,9 +81,9 @@ class Record:
     the time when it was done."""
 
     def __init__(self, task: Task) -> None:
-        path = Path(task.directory) / f"metrics-{os.environ.get('RANK', '0')}.jsonl"
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._path = Path(task.directory) / f"metrics-{os.environ.get('RANK', '0')}.jsonl"
 
     def write(self, step: int, loss: float) -> None:
         row: dict[str, Any] = {"step": step, "train/loss": loss, "wall": time.time()}
-        self._file.write(json.dumps(row) + "\n")
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

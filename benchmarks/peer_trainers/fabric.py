@@ -29,7 +29,9 @@ def main() -> None:
         ),
     }
     devices = 1 if task.layout == "single" else 2
-    fabric = Fabric("cpu", strategy=strategies[task.layout](), devices=devices, precision="32-true")
+    fabric = Fabric(
+        accelerator="cpu", strategy=strategies[task.layout](), devices=devices, precision="32-true"
+    )
     fabric.launch()
     llama = Llama(task.shape, task.sequence_length)
     llama.load_state_dict({name: torch.from_numpy(value) for name, value in task.parameters().items()})

@@ -85,6 +85,7 @@ def main() -> None:
         logging_nan_inf_filter=False,
         disable_tqdm=True,
         report_to=[],
+        remove_unused_columns=False,  # shift_labels, which the loss takes from **kwargs
         save_strategy="no",
         use_cpu=True,
         ddp_backend="gloo" if ranks > 1 else None,
