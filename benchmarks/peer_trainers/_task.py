@@ -76,6 +76,15 @@ class Task:
             yield tokens[start : start + self.micro_batch].astype(np.int64)
 
 
+def renamed(ours: str, names: dict[str, str], layer: str) -> str:
+    """What a peer calls our parameter: blocks.3.ffn.up.weight -> {layer}.3.{names["ffn.up"]}.weight"""
+    module = ours.removesuffix(".weight")
+    if not module.startswith("blocks."):
+        return f"{names[module]}.weight"
+    _, number, part = module.split(".", 2)
+    return f"{layer}.{number}.{names[part]}.weight"
+
+
 class Record:
     """Rows like those of our record: `step` from 1, its mean loss per token as far as this rank knows it, and
     the time when it was done."""

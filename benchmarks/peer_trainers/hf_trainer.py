@@ -9,8 +9,22 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.peer_trainers._task import Record, Task
-from pipeline.export import transformers_name
+from benchmarks.peer_trainers._task import Record, Task, renamed
+
+NAMES = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "ffn.gate": "mlp.gate_proj",
+    "ffn.down": "mlp.down_proj",
+    "ffn.up": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
 
 
 class Sequences(Dataset):
@@ -60,7 +74,10 @@ def main() -> None:
             attn_implementation="sdpa",
         )
     )
-    named = {transformers_name(name): torch.from_numpy(value) for name, value in task.parameters().items()}
+    named = {
+        renamed(name, NAMES, "model.layers"): torch.from_numpy(value)
+        for name, value in task.parameters().items()
+    }
     model.load_state_dict(named)
     sharding: dict[str, Any] = {}
     if task.layout == "fsdp":

@@ -22,7 +22,7 @@ from olmo_core.train.train_module import (
     TransformerTrainModuleConfig,
 )
 
-from benchmarks.peer_trainers._task import Record, Task
+from benchmarks.peer_trainers._task import Record, Task, renamed
 
 NAMES = {
     "embedding": "embeddings",
@@ -38,15 +38,6 @@ NAMES = {
     "attention_norm": "attention_norm",
     "ffn_norm": "feed_forward_norm",
 }
-
-
-def its_name(ours: str) -> str:
-    """blocks.3.ffn.up.weight -> blocks.3.feed_forward.w3.weight"""
-    module = ours.removesuffix(".weight")
-    if not module.startswith("blocks."):
-        return f"{NAMES[module]}.weight"
-    _, layer, part = module.split(".", 2)
-    return f"blocks.{layer}.{NAMES[part]}.weight"
 
 
 class InOrder(DataLoaderBase):
@@ -124,7 +115,9 @@ def main() -> None:
         dp_config=data_parallel,
         max_grad_norm=task.clip,
     ).build(model)
-    weights = {its_name(name): torch.from_numpy(value) for name, value in task.parameters().items()}
+    weights = {
+        renamed(name, NAMES, "blocks"): torch.from_numpy(value) for name, value in task.parameters().items()
+    }
     whole = state_dict.StateDictOptions(full_state_dict=True)  # also where parameters are sharded
     state_dict.set_model_state_dict(module.model, weights, options=whole)
     TrainerConfig(
