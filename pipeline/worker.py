@@ -458,6 +458,7 @@ def run_rank(config: Config, run: RunDirectory) -> NoReturn:
     # The supervisor answers for all: where a scheduler signals every process of a job, ranks must live to
     # save a checkpoint, and one that another's failure ends needs time to give a written one its name.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _keep_freed_memory()
     run.logs.mkdir(parents=True, exist_ok=True)
     log = os.open(log_file(run, attempt, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
@@ -483,6 +484,17 @@ def run_rank(config: Config, run: RunDirectory) -> NoReturn:
         os._exit(WRONG_REQUEST if isinstance(error, ConfigError) else 1)
     # All is on disk; the interpreter's own exit would wait for whatever wandb still wants to do.
     os._exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """A step on a CPU frees and asks again for the same large tensors. glibc gives each of them back to the
+    kernel, which then clears and maps its pages anew: 40,000 faults in a step of 10M parameters, and while
+    one thread has one, the others wait. (mallopt(3): M_MMAP_THRESHOLD = -3, M_TRIM_THRESHOLD = -1)"""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        largest = 2**31 - 1
+        mallopt(-3, largest)
+        mallopt(-1, largest)
 
 
 def _lost_a_peer(error: Exception) -> bool:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from pipeline.config import LlamaConfig, ParallelConfig
 from pipeline.gradients.dtensor import whole
 from pipeline.model._interface import Model
+from pipeline.model._rms_norm import RMSNorm
 
 STANDARD_DEVIATION = 0.02
 RESIDUAL_OUTPUTS = ("attention.out.weight", "ffn.down.weight")  # what is added to the residual stream
@@ -88,9 +89,9 @@ class Block(nn.Module):
 
     def __init__(self, model: LlamaConfig) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(model.width, eps=model.norm_eps)
+        self.attention_norm = RMSNorm(model.width, eps=model.norm_eps)
         self.attention = Attention(model)
-        self.ffn_norm = nn.RMSNorm(model.width, eps=model.norm_eps)
+        self.ffn_norm = RMSNorm(model.width, eps=model.norm_eps)
         self.ffn = FeedForward(model)
         self.recompute = False
 
@@ -120,7 +121,7 @@ class Llama(Model):
         self.model = model
         self.embedding = Embedding(model.vocab, model.width)
         self.blocks = nn.ModuleList(Block(model) for _ in range(model.layers))
-        self.norm = nn.RMSNorm(model.width, eps=model.norm_eps)
+        self.norm = RMSNorm(model.width, eps=model.norm_eps)
         self.head = nn.Linear(model.width, model.vocab, bias=False)
         self.tie()
 

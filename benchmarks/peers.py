@@ -1,0 +1,386 @@
+"""Our trainer beside others on the same work: tokens per second, memory, start-up.
+
+    python -m benchmarks.peers [--rounds 5] [--only olmo_core hand_written] [--layouts single ddp fsdp]
+                               [--environment DIRECTORY] [--json]
+
+The peers (benchmarks/peer_trainers, one file each) are OLMo-core, Hugging Face's Trainer, Lightning Fabric
+and a loop in one file as nanoGPT's; ours is `python -m pipeline`, with its record and its supervisor. They
+are installed into a virtual environment of the benchmark's own, ours with them, so that all run on one torch.
+
+The work is equal: a Llama of one shape, the same initial weights and tokens, float32, AdamW with the same
+settings, clipping, the same micro-batches and threads. That it is shows in the losses: no ratio is given for
+a peer whose loss at any step differs from ours by more than float32 rounding explains.
+
+Each run is a process of its own, measured from outside: every trainer leaves a row with the time after each
+step, as our record does; when the last step wanted is there, the peak memory of its largest process is read
+from /proc, and it is ended. Peers take turns, in random order; the figures are medians over rounds of the
+ratios within a round, with their quartiles. Exit code 1 when the fastest peer is not beaten as the target
+says, or a peer's work was not equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.peer_trainers._task import Shape, Task
+from pipeline.config import Config, LlamaConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = "ours"
+PEERS = ("olmo_core", "hf_trainer", "fabric", "hand_written")
+LAYOUTS = {"single": 1, "ddp": 2, "fsdp": 2}  # processes
+INSTALLED = ("ai2-olmo-core==3.0.0", "accelerate==1.15.0", "lightning-fabric==2.6.6", "transformers")
+NOT_PINNED = ("rich",)  # OLMo-core's cached-path wants an older one than constraints.txt names
+
+# 4,096 tokens in the vocabulary: at this width the head has the share of the matrix products that it has in a
+# model of 300M parameters with 32,000.
+WORK = (
+    "model=10m",
+    "model.vocab=4096",
+    "data.sequence_length=256",
+    "data.micro_batch=4",
+    "batch.size=16",
+    "budget.tokens=1B",
+    "optim.lr=1e-3",
+    "lr=warmup_stable_decay",  # constant, as far as this goes
+    "lr.warmup_tokens=0",
+    "track=disabled",
+)
+WARM_UP, TIMED = 3, 8  # steps
+TIMEOUT_S = 600.0
+LOSS_TOLERANCE = 1e-4  # relative; float32 in another order is off by 1e-6 at first, and the difference grows
+TARGET = 1.1
+
+
+# --- the work ---------------------------------------------------------------------------------------------
+
+
+def prepare(directory: Path) -> Task:
+    """Writes the tokens and the initial weights, and our corpus, of which the tokens are."""
+    os.environ["CRESCENDO_HOME"] = str(directory)
+    from pipeline.data import Stream
+    from pipeline.data import prepare as prepare_corpus
+    from pipeline.model.init import initialise
+    from pipeline.model.llama import Llama
+    from tests.support import config
+
+    composed: Config = config(*WORK)
+    model, optim = composed.model, composed.optim
+    assert isinstance(model, LlamaConfig) and optim.clip is not None
+    shape = Shape(**{name: getattr(model, name) for name in Shape.__dataclass_fields__})
+    steps = WARM_UP + TIMED + 4  # a trainer is ended before it ends by itself, and its memory cannot be read
+    corpus = prepare_corpus(composed.data, directory / "corpora")
+    stream = Stream(corpus.train, composed.data.sequence_length, composed.data.seed)
+    np.save(directory / "tokens.npy", stream.read(0, steps * composed.batch.size).astype(np.uint16))
+    llama = Llama(model)
+    initialise(llama, composed.seed)
+    np.savez(directory / "weights.npz", **{n: p.detach().numpy() for n, p in llama.named_parameters()})
+    return Task(
+        shape,
+        composed.data.sequence_length,
+        composed.data.micro_batch,
+        composed.batch.size,
+        steps,
+        optim.lr,
+        optim.betas,
+        optim.eps,
+        optim.weight_decay,
+        optim.clip,
+        str(directory / "tokens.npy"),
+        str(directory / "weights.npz"),
+        WORK,
+        "single",
+        str(directory),
+    )
+
+
+def environment_at(directory: Path) -> Path:
+    """The Python of the benchmark's own environment, which is made if it is not there."""
+    python, done = directory / "bin" / "python", directory / ".peers"
+    wanted = [*INSTALLED, f"--editable={ROOT}"]
+    if done.is_file() and done.read_text() == "\n".join(wanted):
+        return python
+    print(f"installing the peers into {directory}", file=sys.stderr)
+    pins = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line and line.split("==")[0] not in NOT_PINNED
+    ]
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(directory)], check=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as constraints:
+        constraints.write("\n".join(pins))
+        constraints.flush()
+        command = [str(python), "-m", "pip", "install", "--quiet", "--constraint", constraints.name, *wanted]
+        subprocess.run(command, check=True, timeout=3600)
+    done.write_text("\n".join(wanted))
+    return python
+
+
+# --- one run of one trainer -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was seen of it from outside."""
+
+    losses: tuple[float, ...]  # of each step
+    step_s: tuple[float, ...]  # without those to warm up
+    first_step_s: float  # from the start of the command to the end of the first step
+    memory_mib: float  # peak of the largest process
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.step_s)
+
+
+class Failed(RuntimeError):
+    """A trainer did not do its steps."""
+
+
+def run(name: str, python: Path, task: Task, timeout_s: float = TIMEOUT_S) -> Run:
+    """Raises Failed, with the end of what the trainer printed."""
+    ranks = LAYOUTS[task.layout]
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "CRESCENDO_HOME": task.directory,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    path = Path(task.directory) / "task.json"
+    task.write(path)
+    command = [str(python), "-m"]
+    if ranks > 1 and name != OURS:  # which starts its ranks itself
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    command += [f"benchmarks.peer_trainers.{name}", str(path)]
+    output = Path(task.directory) / "output.txt"
+    began = time.time()
+    with output.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=task.directory, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT
+        )
+        try:
+            return _watch(process, task, began, timeout_s)
+        except Failed as failure:
+            tail = "\n".join(output.read_text(errors="replace").splitlines()[-25:])
+            raise Failed(f"{name}, {task.layout}: {failure}\n{tail}") from None
+        finally:
+            _end(process)
+
+
+def _watch(process: subprocess.Popen[bytes], task: Task, began: float, timeout_s: float) -> Run:
+    wanted = WARM_UP + TIMED
+    deadline = time.monotonic() + timeout_s
+    steps: list[tuple[float, float]] = []
+    while len(steps) < wanted:
+        if process.poll() is not None:
+            raise Failed(f"ended with exit code {process.returncode} before its step {wanted} was seen")
+        if time.monotonic() > deadline:
+            raise Failed(f"took more than {timeout_s:.0f} s, for {len(steps)} of {wanted} steps")
+        time.sleep(0.1)
+        steps = steps_in(Path(task.directory))
+    memory = max(peak_mib(pid) for pid in family(process.pid))
+    losses, times = zip(*steps[:wanted], strict=True)
+    seconds = [after - before for before, after in itertools.pairwise(times)]
+    return Run(losses, tuple(seconds[WARM_UP - 1 :]), times[0] - began, memory)
+
+
+def steps_in(directory: Path) -> list[tuple[float, float]]:
+    """(loss, time) of each step that all ranks have left a row of; the loss is the mean over those rows."""
+    files = [*directory.glob("metrics*.jsonl"), *directory.glob("runs/*/metrics.jsonl")]
+    by_rank = [[row for row in _rows(file) if "train/loss" in row] for file in files]
+    return [
+        (statistics.fmean(row["train/loss"] for row in rows), max(row["wall"] for row in rows))
+        for rows in zip(*by_rank, strict=False)
+    ]
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):  # else it is being written
+            yield json.loads(line)
+
+
+def family(root: int) -> list[int]:
+    """This process and all that descend from it, children before their parents."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found[::-1]
+
+
+def peak_mib(pid: int) -> float:
+    """The high-water mark of its resident memory: not getrusage's, which a child inherits."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends the ranks first, so that whatever launched them reaps them."""
+    *descendants, _ = family(process.pid)
+    for pid in descendants:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    try:
+        process.wait(20 if descendants else 0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# --- the comparison ---------------------------------------------------------------------------------------
+
+Rounds = dict[str, list[Run]]  # of each trainer, in one layout
+
+
+def unequal(ours: Run, peer: Run) -> str | None:
+    """Why the peer did not do the same work, where its losses tell."""
+    for step, (a, b) in enumerate(zip(ours.losses, peer.losses, strict=True), start=1):
+        if not abs(a - b) <= LOSS_TOLERANCE * abs(a):
+            return f"loss {b:.6f} at step {step}, ours {a:.6f}: not the same work"
+    return None
+
+
+def compare(rounds: Rounds) -> dict[str, dict[str, Any]]:
+    """By peer: {"refused": why}, or ours over it in tokens per second (median and quartiles over rounds), in
+    memory and in start-up."""
+    return {name: _against(rounds[OURS], runs) for name, runs in rounds.items() if name != OURS}
+
+
+def _against(ours: Sequence[Run], peer: Sequence[Run]) -> dict[str, Any]:
+    pairs = list(zip(ours, peer, strict=True))
+    if reasons := [reason for a, b in pairs if (reason := unequal(a, b))]:
+        return {"refused": reasons[0]}
+    return {
+        "faster": _spread(b.median_s / a.median_s for a, b in pairs),
+        "memory": statistics.median(a.memory_mib / b.memory_mib for a, b in pairs),
+        "start": statistics.median(a.first_step_s / b.first_step_s for a, b in pairs),
+    }
+
+
+def _spread(values: Iterable[float]) -> dict[str, float]:
+    found = sorted(values)
+    q1, median, q3 = statistics.quantiles(found, n=4) if len(found) > 1 else found * 3
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def met(figures: dict[str, dict[str, Any]]) -> bool:
+    """Whether the fastest peer is beaten in tokens per second, and takes no less memory."""
+    if not figures or any("refused" in figure for figure in figures.values()):
+        return False
+    fastest = min(figures.values(), key=lambda figure: figure["faster"]["median"])
+    return fastest["faster"]["median"] >= TARGET and fastest["memory"] <= 1
+
+
+def show(layout: str, rounds: Rounds, figures: dict[str, dict[str, Any]], tokens: int) -> None:
+    verdict = f"target ≥ {TARGET}× the fastest peer, no more memory: {'met' if met(figures) else 'MISSED'}"
+    print(f"{layout}, {LAYOUTS[layout]} process(es); {verdict}")
+    print(f"  {'':14} tokens/s  ours is faster by     peak MiB   ours    first step s   ours")
+    for name, runs in rounds.items():
+        rate = statistics.median(tokens / one.median_s for one in runs)
+        memory = statistics.median(one.memory_mib for one in runs)
+        start = statistics.median(one.first_step_s for one in runs)
+        figure = figures.get(name, {})
+        ratios = ["", "", ""]
+        if "refused" in figure:
+            print(f"  {name:14} no ratio: {figure['refused']}")
+            continue
+        if figure:
+            faster = figure["faster"]
+            ratios = [
+                f"{faster['median']:.3f} [{faster['q1']:.3f}, {faster['q3']:.3f}]",
+                f"{figure['memory']:.2f}×",
+                f"{figure['start']:.2f}×",
+            ]
+        print(
+            f"  {name:14} {rate:8,.0f}  {ratios[0]:20}  {memory:8.0f}  {ratios[1]:6}"
+            f"  {start:11.1f}   {ratios[2]}"
+        )
+
+
+def measure(
+    python: Path, task: Task, names: Sequence[str], layouts: Sequence[str], count: int
+) -> dict[str, Rounds]:
+    """By layout. Raises Failed."""
+    found: dict[str, Rounds] = {layout: {name: [] for name in names} for layout in layouts}
+    order = random.Random(0)
+    for number in range(count):
+        for layout in layouts:
+            for name in order.sample(list(names), len(names)):
+                directory = Path(task.directory) / "run"
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(directory)
+                directory.mkdir()
+                (directory / "corpora").symlink_to(Path(task.directory) / "corpora")
+                one = run(name, python, replace(task, layout=layout, directory=str(directory)))
+                found[layout][name].append(one)
+                print(f"round {number + 1}: {layout}, {name}: {one.median_s:.3f} s a step", file=sys.stderr)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", default=list(PEERS), choices=PEERS, metavar="PEER")
+    parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
+    parser.add_argument(
+        "--environment",
+        type=Path,
+        default=Path.home() / ".cache" / "crescendo" / "peers",
+        help="the virtual environment of the peers, made if it is not there (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    names = (OURS, *arguments.only)
+    try:
+        python = environment_at(arguments.environment)
+        with tempfile.TemporaryDirectory() as directory:
+            task = prepare(Path(directory))
+            found = measure(python, task, names, arguments.layouts, arguments.rounds)
+    except (Failed, subprocess.CalledProcessError) as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    figures = {layout: compare(rounds) for layout, rounds in found.items()}
+    if arguments.json:
+        runs = {
+            layout: {name: [asdict(one) for one in several] for name, several in rounds.items()}
+            for layout, rounds in found.items()
+        }
+        machine = {"cores": os.cpu_count(), "load": os.getloadavg()}
+        print(json.dumps({"figures": figures, "work": WORK, "runs": runs, "machine": machine}, indent=1))
+    else:
+        for layout, rounds in found.items():
+            show(layout, rounds, figures[layout], task.batch * task.sequence_length)
+    return 0 if all(met(figure) for figure in figures.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
