@@ -127,7 +127,7 @@ def _read_record(run: RunDirectory) -> Log:
         return Log(problem=problem)
     log = Log(found[0], damage=found[1])
     if log.trained and (gaps := int(log.trained[-1] - log.trained[0]) + 1 - len(set(log.trained))):
-        log.damage.append(f"{run.id}/{run.metrics_file.name}: {gaps:,} steps are missing")
+        log.damage.append(f"{run.id}/{run.metrics_file.name}: steps that are missing: {gaps:,}")
     return log
 
 

@@ -307,7 +307,7 @@ def finished(run: RunDirectory, attempts: int = 2, output: Path | None = None) -
     return ended
 
 
-def command(module: str, *arguments: str, timeout_s: float = 120.0, **variables: str) -> Ended:
+def command(module: str, *arguments: str, timeout_s: float = PATIENCE_S, **variables: str) -> Ended:
     """`python -m module arguments`, really started."""
     return Command(module, *arguments, **variables).ended(timeout_s)
 
@@ -326,7 +326,7 @@ class Command:
             stderr=subprocess.STDOUT,
         )
 
-    def ended(self, timeout_s: float = 120.0) -> Ended:
+    def ended(self, timeout_s: float = PATIENCE_S) -> Ended:
         import subprocess
 
         try:
