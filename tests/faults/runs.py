@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import sysconfig
 import time
@@ -27,13 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.launcher.api as launcher
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import pipeline.train as training
 from launchers import manifest
 from launchers.plan import freeze
-from pipeline import worker
+from pipeline import rendezvous, worker
 from pipeline.config import Config
 from pipeline.store import RunDirectory, read_rows
 from tests.faults.campaign import Place, Verdict
@@ -264,38 +263,63 @@ def fork(output: Path, function: Callable[[], int]) -> ForkProcess:
 
 
 def _worker(run: RunDirectory, sabotage: Sabotage | None) -> int:
-    launcher.elastic_launch = functools.partial(_Forked, sabotage)  # type: ignore[assignment,misc]
+    worker._start_ranks = functools.partial(_forked_rank, sabotage)
     return worker.main([str(run.path)])
 
 
-class _Forked:
-    """In the place of torch's elastic launcher: one rank, by fork."""
-
-    def __init__(self, sabotage: Sabotage | None, config: object, program: str) -> None:
-        self._sabotage = sabotage
-
-    def __call__(self, *arguments: str) -> None:
-        run = RunDirectory(next(a for a in arguments if not a.startswith("-") and a != "pipeline.worker"))
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-        rank = os.fork()
-        if not rank:
-            try:
-                worker._die_with_supervisor()
-                torch.set_num_threads(1)
-                if self._sabotage:
-                    self._sabotage()
-                worker.run_rank(run.config(), run)
-            finally:
-                os._exit(70)
+def _forked_rank(
+    sabotage: Sabotage | None,
+    config: Config,
+    run: RunDirectory,
+    attempt: int,
+    changes: Sequence[str],
+    started: list[_Forked],
+) -> None:
+    """In the place of `worker._start_ranks`."""
+    place = rendezvous.Place(0, 1, 0, 1, "127.0.0.1", 0)
+    os.environ |= worker.rank_variables(attempt, place, None)
+    rank = os.fork()
+    if not rank:
         try:
-            code = os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1])
-        except KeyboardInterrupt:
-            os.kill(rank, signal.SIGKILL)
-            os.waitpid(rank, 0)
-            raise
-        if code:
-            failure = ProcessFailure(local_rank=0, pid=rank, exitcode=code, error_file="none")
-            raise ChildFailedError("rank", {0: failure})
+            worker._die_with_supervisor()
+            torch.set_num_threads(1)
+            if sabotage:
+                sabotage()
+            worker.run_rank(run.config(), run)
+        finally:
+            os._exit(70)
+    started.append(_Forked(rank))
+
+
+class _Forked:
+    """A child of this process, with the manners of subprocess.Popen."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._code = pid, None
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            ended, status = os.waitpid(self._pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if ended else None
+        return self._code
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout)
+            time.sleep(0.01)
+        return code
+
+    def terminate(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self._pid, number)
 
 
 def finished(run: RunDirectory, attempts: int = 2, output: Path | None = None) -> Ended:
