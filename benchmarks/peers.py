@@ -40,7 +40,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.memory import peak_mib
 from benchmarks.peer_trainers._task import Shape, Task
+from benchmarks.printing import beside_json
 from pipeline.config import Config, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,7 +201,7 @@ def _watch(process: subprocess.Popen[bytes], task: Task, began: float, timeout_s
             raise Failed(f"took more than {timeout_s:.0f} s, for {len(steps)} of {wanted} steps")
         time.sleep(0.1)
         steps = steps_in(Path(task.directory))
-    memory = max(peak_mib(pid) for pid in family(process.pid))
+    memory = largest_mib(family(process.pid))
     losses, times = zip(*steps[:wanted], strict=True)
     seconds = [after - before for before, after in itertools.pairwise(times)]
     return Run(losses, tuple(seconds[WARM_UP - 1 :]), times[0] - began, memory)
@@ -234,13 +236,13 @@ def family(root: int) -> list[int]:
     return found[::-1]
 
 
-def peak_mib(pid: int) -> float:
-    """The high-water mark of its resident memory: not getrusage's, which a child inherits."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return 0.0
+def largest_mib(pids: Iterable[int]) -> float:
+    """Peak memory of the process that had most of it."""
+    found = [0.0]
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found.append(peak_mib(pid))
+    return max(found)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -376,7 +378,7 @@ def main() -> int:
         }
         machine = {"cores": os.cpu_count(), "load": os.getloadavg()}
         print(json.dumps({"figures": figures, "work": WORK, "runs": runs, "machine": machine}, indent=1))
-    else:
+    with beside_json(arguments.json):
         for layout, rounds in found.items():
             show(layout, rounds, figures[layout], task.batch * task.sequence_length)
     return 0 if all(met(figure) for figure in figures.values()) else 1

@@ -93,6 +93,7 @@ def test_a_peer_does_the_same_work_as_ours(home: Path, monkeypatch: pytest.Monke
     assert unequal(runs[OURS], runs["hand_written"]) is None
     assert all(one.memory_mib > 100 and one.first_step_s > 0.5 for one in runs.values())
 
-    broken = replace(task, weights=str(home / "missing.npz"), directory=str(home / "hand_written"))
+    (home / "broken").mkdir()
+    broken = replace(task, weights=str(home / "missing.npz"), directory=str(home / "broken"))
     with pytest.raises(Failed, match="No such file"):
         run("hand_written", Path(sys.executable), broken, timeout_s=120)
