@@ -134,9 +134,10 @@ def train(ranks: Ranks, overrides: list[str], steps: int) -> Figures:
     trainer.close(0)
 
     rows = run.rows()
+    mfu = [row["throughput/mfu"] for row in rows[plain] if "throughput/mfu" in row]
     return Figures(
         statistics.median(row["throughput/tokens_per_s"] for row in rows[plain]),
-        statistics.median(row["throughput/mfu"] for row in rows[plain]) if trainer.peak_flops else None,
+        statistics.median(mfu) if mfu else None,
         peak,
         peak_statistics,
         ratio(seconds["on"], seconds["off"]),
