@@ -1,6 +1,6 @@
 """How long the command line takes to answer, and a run to begin.
 
-    python -m benchmarks.cli [--repeat N] [--beside DIR] [--json]
+    python -m benchmarks.cli [--repeat N] [--only TEXT] [--beside DIR] [--json]
 
 Each answer is a fresh process; a question's time ends when the answer is there. Of a run it ends when the
 first optimizer step is done, which is when metrics.jsonl has its first row: from a cold `python -m pipeline`,

@@ -39,7 +39,7 @@ def main() -> int:
     tallies = campaign(
         chosen, lab, options.seed, (part, parts), options.jobs, lambda tally: _tell(tally, lab)
     )
-    injected = sum(len(tally.verdicts) - tally.count("skipped") for tally in tallies)
+    injected = sum(tally.injected for tally in tallies)
     bad = sum(tally.count(outcome) for tally in tallies for outcome in BAD)
     too_few = not options.family and parts == 1 and injected < AT_LEAST
     if options.json:
@@ -74,7 +74,7 @@ def _tell(tally: Tally, lab: Path) -> None:
 
 def _table(tallies: list[Tally], seconds: float) -> str:
     head = ["family", "injected", *OUTCOMES]
-    rows = [[t.family, len(t.verdicts), *map(t.count, OUTCOMES)] for t in tallies]
+    rows = [[t.family, t.injected, *map(t.count, OUTCOMES)] for t in tallies]
     rows.append(["all", *(sum(int(row[i]) for row in rows) for i in range(1, len(head)))])
     lines = [f"{row[0]:24}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in [head, *rows]]
     return "\n".join([*lines, f"in {seconds:.0f} s"])

@@ -100,6 +100,10 @@ class Tally:
     seconds: float = 0.0  # of its faults together
     verdicts: dict[int, Verdict] = field(default_factory=dict)
 
+    @property
+    def injected(self) -> int:
+        return len(self.verdicts) - self.count("skipped")
+
     def count(self, outcome: Outcome) -> int:
         return sum(verdict.outcome == outcome for verdict in self.verdicts.values())
 

@@ -13,17 +13,7 @@ import pytest
 
 from tests.disk import fill, mounted
 from tests.faults.campaign import Place, Verdict, family
-from tests.faults.runs import (
-    Worker,
-    at_step,
-    clean,
-    composed,
-    finished,
-    frozen,
-    judged,
-    new_run,
-    steps,
-)
+from tests.faults.runs import Worker, at_step, clean, composed, finished, frozen, judged, new_run, steps
 
 
 @family("full disk", 40)
@@ -54,13 +44,11 @@ def read_only(place: Place, draw: random.Random, number: int) -> Verdict:
     what = (run.path, run.checkpoints, run.logs, run.path.parent)[number % 4]
     what.mkdir(parents=True, exist_ok=True)
     output = place.home / "output"
-    with contextlib.ExitStack() as stack:
+    with bound(what):
         if number % 8 < 4:
-            stack.enter_context(bound(what))
             protect(what)
             ended = Worker(run, output=output).ended()
         else:
-            stack.enter_context(bound(what))
             at = draw.randint(1, steps(place.lab))
             ended = Worker(run, at_step(at, lambda: protect(what)), output=output).ended()
     if ended.code is None:

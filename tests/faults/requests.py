@@ -16,46 +16,10 @@ from tests.faults.campaign import Place, Verdict, family
 from tests.faults.runs import in_process
 
 _ODD = [
-    *[
-        "null",
-        "true",
-        "yes",
-        "[]",
-        "{}",
-        "[1,2]",
-        "{a:1}",
-        "1k",
-        "-1M",
-        "1e999",
-        "nan",
-        "0x10",
-        "''",
-        "'",
-        "${seed}",
-        "${nothing}",
-        "${",
-        "[",
-        "}",
-        "a=b",
-        "1,2",
-    ],
-    *[
-        "!!python/none",
-        "~",
-        "../..",
-        "\\",
-        "é",
-        "[1e400]",
-        "1e308",
-        "0",
-        "-0.0",
-        "1_000",
-        "[[[[1]]]]",
-        "{a:{b:[]}}",
-        "0.5",
-    ],
-    *("", "9" * 400),
-]
+    "null", "true", "yes", "[]", "{}", "[1,2]", "{a:1}", "1k", "-1M", "1e999", "nan", "0x10", "''", "'", "${seed}",
+    "${nothing}", "${", "[", "}", "a=b", "1,2", "!!python/none", "~", "../..", "\\", "é", "[1e400]", "1e308", "0",
+    "-0.0", "1_000", "[[[[1]]]]", "{a:{b:[]}}", "0.5", "", "9" * 400,
+]  # fmt: skip
 _EXAMPLES = 12  # the first ones that hypothesis makes are the simplest there are
 _PARAGRAPH = 12  # lines
 

@@ -6,6 +6,7 @@ LAB/cut/       the same run, killed on its way      with two checkpoints, and ro
 LAB/sweep/     a home with a finished sweep `s` of two runs
 LAB/two/       the run on two ranks
 LAB/other/     a run of another model, cut alike    for files that do not belong
+LAB/seconds    how long a run takes here
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
@@ -49,17 +52,8 @@ SETTINGS = [
 TWO = ["parallel=ddp", "parallel.replicate=2"]
 CUT = 22  # the step after which LAB/cut was killed
 TRUTH = (
-    "step",
-    "tokens",
-    "sequences",
-    "train/loss",
-    "val/loss",
-    "lr",
-    "batch/size",
-    "batch/requested",
-    "grad/norm",
-)
-
+    "step", "tokens", "sequences", "train/loss", "val/loss", "lr", "batch/size", "batch/requested", "grad/norm",
+)  # fmt: skip
 PATIENCE_S = 240.0  # for a run of seconds: on a machine that others use it may take a minute
 _PROGRESS = ("run ", "step ", "again, ", "corpus ", "resumed ", "checkpoint at ", "  ")
 
@@ -94,21 +88,15 @@ def prepare(lab: Path) -> None:
     (lab / "text").mkdir(parents=True)
     for source in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-b]*.py")):
         (lab / "text" / f"{source.stem}.txt").write_bytes(source.read_bytes())
-    cut = ["model.width=32"]
-    for name, more, sabotage in (
-        ("whole", [], None),
-        ("cut", [], at_step(CUT + 1, kill_self)),
-        ("other", cut, at_step(CUT + 1, kill_self)),
-    ):
+    kill = at_step(CUT + 1, kill_self)
+    for name, more, sabotage in (("whole", [], None), ("cut", [], kill), ("other", ["model.width=32"], kill)):
         home = lab / f"{name}-home"
         with environment(CRESCENDO_HOME=str(home), WANDB_MODE="disabled", OMP_NUM_THREADS="1"):
             if (lab / "corpora").exists():
                 home.mkdir()
                 (home / "corpora").symlink_to(lab / "corpora")
             run = frozen(composed(lab, *more))
-            began = time.monotonic()
             ended = Worker(run, sabotage).ended(120)
-            (lab / "seconds").write_text(str(time.monotonic() - began))
             if not (lab / "corpora").exists():
                 (home / "corpora").rename(lab / "corpora")
             assert (ended.code == 0) == (sabotage is None), ended.output
@@ -122,7 +110,9 @@ def prepare(lab: Path) -> None:
         freeze(planned.points)
         manifest.write(planned, "local")
         for point in planned.points:
+            began = time.monotonic()
             assert Worker(point.directory).ended(120).code == 0
+            (lab / "seconds").write_text(str(time.monotonic() - began))
 
 
 @contextlib.contextmanager
@@ -169,7 +159,7 @@ def sweep(place: Place) -> list[RunDirectory]:
 
 def span(lab: Path) -> float:
     """Seconds from the start of a run to its end, as it took here."""
-    return float((lab / "seconds").read_text()) if (lab / "seconds").exists() else 3.0
+    return float((lab / "seconds").read_text())
 
 
 # --- the truth
@@ -228,17 +218,13 @@ class Worker:
         self._process = fork(self._output, lambda: _worker(run, sabotage))
 
     @property
-    def pid(self) -> int:
-        assert self._process.pid
-        return self._process.pid
-
-    @property
     def alive(self) -> bool:
         return self._process.is_alive()
 
     def signal(self, number: int) -> None:
+        assert self._process.pid
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+            os.kill(self._process.pid, number)
 
     def ended(self, timeout_s: float = PATIENCE_S) -> Ended:
         self._process.join(timeout_s)
@@ -338,9 +324,6 @@ def command(module: str, *arguments: str, timeout_s: float = PATIENCE_S, **varia
 
 class Command:
     def __init__(self, module: str, *arguments: str, **variables: str) -> None:
-        import subprocess
-        import tempfile
-
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
@@ -351,8 +334,6 @@ class Command:
         )
 
     def ended(self, timeout_s: float = PATIENCE_S) -> Ended:
-        import subprocess
-
         try:
             code: int | None = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -365,8 +346,6 @@ class Command:
 
 def in_process(main: Callable[[Sequence[str]], int], *arguments: str) -> Ended:
     """A command's `main` here: its exit code and all it printed; a traceback as it would have printed it."""
-    import traceback
-
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         try:

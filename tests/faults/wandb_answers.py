@@ -39,5 +39,6 @@ def wandb_answers(place: Place, draw: random.Random, number: int) -> Verdict:
     os.environ |= server.environment(user) | {"WANDB_MODE": "online"}
     run = new_run(place)
     worker = Worker(run)  # before the server's threads begin: a process with threads is not to be forked
-    with contextlib.suppress(AssertionError), server:
-        return judged(run, worker.ended(400), place.lab)
+    with contextlib.suppress(AssertionError), server:  # it may be asked what a moody one need not know
+        ended = worker.ended(400)
+    return judged(run, ended, place.lab)
