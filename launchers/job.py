@@ -86,9 +86,8 @@ class Task:
         self.checkpoint_and_requeue = signal.getsignal(WARNING)
         signal.signal(WARNING, self._receive)
         signal.signal(signal.SIGTERM, self._receive)
-        # All runs of a job have the same mesh and limits. Somebody may have deleted one; the last job of an
-        # array may have fewer.
-        self.config = next(run.config() for run in [*filter(RunDirectory.exists, runs), runs[0]])
+        # The last job of an array may have fewer runs than the others.
+        self.config = _first_config(runs)
         index, self.rank = divmod(self.job.global_rank, self.config.parallel.world_size)
         self.index = index if index < len(runs) else None
         incarnation = f"{self.job.job_id}.{os.environ.get('SLURM_RESTART_COUNT', 0)}"
@@ -273,6 +272,8 @@ class Task:
             return 0
         if ended < 0:
             worker.record_error(run, start.attempt, self.rank, f"was killed by {worker.signal_name(-ended)}")
+        elif not worker.error_file(run, start.attempt, self.rank).exists():  # it came not so far as to say
+            worker.record_error(run, start.attempt, self.rank, f"exited with code {ended}; see its job's log")
         patience = time.monotonic() + 2 * PEER_GRACE_S  # for the task of rank 0 to take note
         while not notes.ended() and time.monotonic() < patience:
             time.sleep(POLL_S)
@@ -388,6 +389,15 @@ def first_error(run: RunDirectory, attempt: int) -> int | None:
     """The rank that failed first; those that only lost a peer wait a moment before they say so."""
     found = {path.stat().st_mtime: path for path in run.logs.glob(f"attempt-{attempt}.rank-*.error")}
     return int(found[min(found)].stem.rpartition("-")[2]) if found else None
+
+
+def _first_config(runs: Sequence[RunDirectory]) -> Config:
+    """All runs of a job have the same mesh and limits. Somebody may have deleted or damaged some of them.
+    Raises ConfigError when there is none left."""
+    for run in runs[:-1]:
+        with contextlib.suppress(ConfigError):
+            return run.config()
+    return runs[-1].config()
 
 
 def _stuck(config: Config) -> Outcome:

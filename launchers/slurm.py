@@ -10,7 +10,8 @@ everything is recorded:
 
 What a job executes lies in sweeps/<name>/: submitit's pickles of it, and the copy of the code. Whoever may
 write there has code run in the name of who submitted: a CRESCENDO_HOME that several people may write to
-belongs to people who trust each other. What lies in run directories is read, never executed.
+belongs to people who trust each other. The same goes for a run directory that holds a user's own schedule:
+its schedule.py is executed. What else lies in run directories is read, never executed.
 
 Whenever this process dies, the same command goes on from the manifest: jobs of a batch without ids never left
 their hold and are cancelled by the batch's name, those of a batch with ids are released.

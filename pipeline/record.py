@@ -56,10 +56,11 @@ class Record:
         self.metrics = MetricsWriter(run.metrics_file)
         self._tracker = Tracker(config, run, attempt)
 
-    def go_on_after(self, step: int) -> None:
+    def go_on_after(self, progress: Progress) -> None:
         """Raises ConfigError when rows up to there are lost: no attempt will write them again."""
         first = None if self._config.branch.run else 1  # a branch has its parent's steps behind it
-        self.metrics.go_on_after(step, first, self._config.eval.interval_tokens)
+        tokens = self._config.eval.interval_tokens
+        self.metrics.go_on_after(progress.step, progress.time, first, tokens)
 
     def trained(self, progress: Progress, step: StepTaken) -> Row:
         """The row of the step just taken, after which the run stands at `progress`."""

@@ -16,17 +16,17 @@ _SHORTEST = 16  # characters: what is shorter is no key, and may be a word
 def keys() -> list[bytes]:
     """Those of wandb's that a client here would use, as they are and as HTTP sends them."""
     found = [os.environ.get("WANDB_API_KEY", "")]
-    file = os.environ.get("NETRC") or Path.home() / ".netrc"
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
+    file = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")  # `Path.home` raises where there is none
+    with contextlib.suppress(OSError, ValueError, netrc.NetrcParseError):  # ValueError: it is no text
         found += [password for _, _, password in netrc.netrc(file).hosts.values()]
-    plain = [key.encode() for key in found if len(key) >= _SHORTEST]
+    plain = [os.fsencode(key) for key in found if len(key) >= _SHORTEST]
     return [*plain, *(base64.b64encode(b"api:" + key) for key in plain)]
 
 
 def masked(text: str) -> str:
     """With asterisks in the place of keys."""
     for key in keys():
-        text = text.replace(key.decode(), "*" * len(key))
+        text = text.replace(os.fsdecode(key), "*" * len(key))
     return text
 
 

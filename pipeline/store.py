@@ -412,29 +412,38 @@ def try_lock(file: TextIO, kind: int) -> bool:
 def read_rows(path: Path) -> list[Row]:
     """Every whole line of a metrics.jsonl, in order; a torn last line is left out. Raises ConfigError for one
     that is no row."""
-    rows, left = _rows_before_damage(path)
-    if left:
-        raise ConfigError(
-            f"{path}, line {len(rows) + 1}: is no row of a record. Bring the file back from a copy; without "
-            f"one, delete {path.parent} to train the run again"
-        )
-    return rows
+    return list(each_row(path))
 
 
-def _rows_before_damage(path: Path) -> tuple[list[Row], int]:
-    """The rows of a metrics.jsonl up to the first line that is none, and how many bytes follow."""
+def each_row(path: Path) -> Iterator[Row]:
+    """The same one after another: a record of a million steps need not be in memory."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return [], 0
-    lines = data.split(b"\n")[:-1]
-    left, rows = sum(map(len, lines)) + len(lines), []
-    for line in lines:
-        if (row := _row_of(line)) is None:
-            break
-        rows.append(row)
-        left -= len(line) + 1
-    return rows, left
+        yield from _rows_before_damage(path)
+    except _NoRow as damage:
+        raise ConfigError(
+            f"{path}, line {damage.number}: is no row of a record. Bring the file back from a copy; without "
+            f"one, delete {path.parent} to train the run again"
+        ) from None
+
+
+class _NoRow(Exception):
+    """A line of a record is none of its rows."""
+
+    def __init__(self, number: int, offset: int) -> None:
+        self.number, self.offset = number, offset  # of the line, from 1; in bytes
+
+
+def _rows_before_damage(path: Path) -> Iterator[Row]:
+    """The rows of a metrics.jsonl up to the first line that is none. Raises _NoRow for that."""
+    offset = 0
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            if (row := _row_of(line)) is None:
+                raise _NoRow(number, offset)
+            yield row
+            offset += len(line)
 
 
 def _row_of(line: bytes) -> Row | None:
@@ -479,32 +488,58 @@ class MetricsWriter:
         if not data.endswith(b"\n"):  # a write torn by a full disk or a power cut
             os.ftruncate(self._fd, data.rfind(b"\n") + 1)
 
-    def go_on_after(self, step: int, first: int | None = 1, evaluation_tokens: int | None = None) -> None:
+    def go_on_after(
+        self,
+        step: int,
+        seconds: float = 0.0,
+        first: int | None = 1,
+        evaluation_tokens: int | None = None,
+    ) -> None:
         """Sees to it that all rows up to this step are there: of training from step `first` (None: the first
-        there is), and of an evaluation wherever `evaluation_tokens` were passed. A damaged line after them,
-        which a power cut may leave, is cut off with the rest: all that is trained again.
+        there is), and of an evaluation wherever `evaluation_tokens` were passed. That of the step itself is
+        the one written when `seconds` of training were over: an earlier attempt may have done the same steps,
+        and its rows are not those that led there. A damaged line after them, which a power cut may leave, is
+        cut off with the rest: all that is trained again.
 
         Raises ConfigError when rows are lost that no attempt will write again.
         """
-        rows, left = _rows_before_damage(self._path)
-        trained = {row["step"]: row.get("tokens", 0) for row in rows if "train/loss" in row}
-        evaluated = {row["step"] for row in rows if "val/loss" in row}
+        damage: _NoRow | None = None
+        trained: dict[int, int] = {}  # tokens by step
+        evaluated: set[int] = set()
+        ended: float | None = None  # after so many seconds of training, that step
+        try:
+            for row in _rows_before_damage(self._path):
+                number = row["step"]
+                if "train/loss" in row:
+                    trained[number] = row.get("tokens", 0)
+                    evaluated.discard(number)  # by an attempt that this one replaces
+                    ended = row.get("time") if number == step else ended
+                if "val/loss" in row:
+                    evaluated.add(number)
+        except _NoRow as found:
+            damage = found
+
+        def passed(number: int) -> bool:
+            tokens = evaluation_tokens
+            return tokens is not None and trained[number] // tokens > trained[number - 1] // tokens
+
+        lost: str | None = None
         begin = min(trained, default=1) if first is None else first
         for number in range(begin, step + 1):
-            passed = (
-                number in trained
-                and evaluation_tokens is not None
-                and (trained[number] // evaluation_tokens > trained.get(number - 1, 0) // evaluation_tokens)
+            if number not in trained or (number > begin and passed(number) and number not in evaluated):
+                lost = f"step {number} is missing"
+                break
+        if not lost and step and ended != seconds:
+            lost = f"step {step} as its checkpoint has it is missing"
+        if lost:
+            where = f"line {damage.number} is no row" if damage else lost
+            raise ConfigError(
+                f"{self._path}: {where}, and the run would go on after step {step}. Bring the file "
+                f"back from a copy, or delete {self._path.parent / 'checkpoints'} to train it all again"
             )
-            if number not in trained or (passed and number not in evaluated and number > begin):
-                where = f"line {len(rows) + 1} is no row" if left else f"step {number} is missing"
-                raise ConfigError(
-                    f"{self._path}: {where}, and the run would go on after step {step}. Bring the file "
-                    f"back from a copy, or delete {self._path.parent / 'checkpoints'} to train it all again"
-                )
-        if left:
-            report(f"{self._path.name}: line {len(rows) + 1} is no row; cut off there, after step {step}")
-            os.ftruncate(self._fd, os.fstat(self._fd).st_size - left)
+        if damage:
+            report(f"{self._path.name}: line {damage.number} is no row; cut off there, after step {step}")
+            os.ftruncate(self._fd, damage.offset)
 
     def write(self, row: Row) -> None:
         self._waiting += (json.dumps(_encode(row), allow_nan=False) + "\n").encode()

@@ -476,7 +476,7 @@ class Trainer:
         """Goes on from the newest checkpoint, or starts at the beginning, or where it branches off."""
         saved = self.checkpoints.restore()
         if self.record:
-            self.record.go_on_after(saved.step if saved else 0)
+            self.record.go_on_after(saved or self.progress)
         if saved:
             self.progress = saved
             if self.ranks.is_main:

@@ -36,9 +36,11 @@ from pipeline.config import TEXT_SOURCES, Config, ConfigError, LlamaConfig, chec
 from pipeline.environment import environment
 from pipeline.store import (
     AlreadyRunning,
+    Row,
     RunDirectory,
     State,
     StopState,
+    each_row,
     home,
     python,
     report,
@@ -100,6 +102,9 @@ def supervise(config: Config, run: RunDirectory, changes: Sequence[str]) -> int:
                 outcome = _run_ranks(config, run, attempt, stops, changes)
             except KeyboardInterrupt:
                 outcome = stops.outcome()
+            except Exception as error:  # a run must not be left RUNNING
+                traceback.print_exc()
+                outcome = Outcome("FAILED", 1, f"{type(error).__name__}: {error}".splitlines()[0])
             finally:
                 stops.ignore()
         end(run, outcome)
@@ -228,9 +233,8 @@ class Stops:
 
 def _conclusion(run: RunDirectory) -> str:
     """How a finished run ended, and what to do with it."""
-    trained, evaluated = (
-        next(row for row in reversed(run.rows()) if key in row) for key in ("train/loss", "val/loss")
-    )
+    last = _last_rows(run)
+    trained, evaluated = last["train/loss"], last["val/loss"]
     config = run.config()
     lines = [
         f"{trained['step']} steps, {trained['tokens']:,} {config.unit} in {trained['time']:.0f} s of "
@@ -290,9 +294,20 @@ def done(config: Config, run: RunDirectory) -> Outcome:
 
 def _at_the_end(config: Config, run: RunDirectory) -> bool:
     """Whether the record of the run goes to its end. Raises ConfigError when it is damaged."""
-    rows = run.rows()
-    trained = [row for row in rows if "train/loss" in row]
-    return bool(trained) and trained[-1]["sequences"] >= config.budget_sequences and "val/loss" in rows[-1]
+    last = _last_rows(run)
+    return "val/loss" in last and last["train/loss"]["sequences"] >= config.budget_sequences
+
+
+def _last_rows(run: RunDirectory) -> dict[str, Row]:
+    """The newest row of training and that of the evaluation after it, as far as there are such, by the key
+    that only they have. Raises ConfigError when the record is damaged."""
+    last: dict[str, Row] = {}
+    for row in each_row(run.metrics_file):
+        if "train/loss" in row:
+            last = {"train/loss": row}
+        elif last and "val/loss" in row:
+            last["val/loss"] = row
+    return last
 
 
 def _start_ranks(
@@ -446,7 +461,8 @@ def error_file(run: RunDirectory, attempt: int, rank: int) -> Path:
 
 
 def record_error(run: RunDirectory, attempt: int, rank: int, line: str) -> None:
-    with contextlib.suppress(OSError):  # a full disk
+    with contextlib.suppress(OSError):  # a full disk, or the run was deleted
+        run.logs.mkdir(exist_ok=True)
         error_file(run, attempt, rank).write_text(line, encoding="utf-8")
 
 

@@ -351,16 +351,19 @@ def test_a_config_that_is_not_what_was_frozen_is_refused(damage: str, home: Path
 def test_a_record_goes_on_only_where_it_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "metrics.jsonl"
 
-    def rows_left(*lines: str, step: int = 3) -> int:
+    def rows_left(*lines: str, step: int = 3, seconds: float | None = None) -> int:
         path.write_text("".join(lines))
         writer = MetricsWriter(path)
         try:
-            writer.go_on_after(step, evaluation_tokens=200)
+            writer.go_on_after(step, step if seconds is None else seconds, evaluation_tokens=200)
         finally:
             writer.close()
         return len(read_rows(path))
 
-    one, two, three, four = (json.dumps(row(n, tokens=100 * n)) + "\n" for n in (1, 2, 3, 4))
+    def line(step: int, **values: object) -> str:
+        return json.dumps(row(step, tokens=100 * step, **{"time": float(step), **values})) + "\n"
+
+    one, two, three, four = map(line, (1, 2, 3, 4))
     evaluation = json.dumps({"step": 2, "tokens": 200, "attempt": 1, "val/loss": 3.0}) + "\n"
     assert rows_left(one, two, evaluation, three, four) == 5
     assert rows_left(one, two, evaluation, three, "\0" * 9 + "\n", four) == 4
@@ -377,4 +380,17 @@ def test_a_record_goes_on_only_where_it_is_whole(tmp_path: Path, capsys: pytest.
             ConfigError, match=rf"metrics\.jsonl: {where}, and the run would go on after step 3\."
         ):
             rows_left(*lines)
+        assert path.read_text() == "".join(lines)
+
+    # A second attempt did steps 2 and 3 again, and saved a checkpoint after them.
+    again, later = (line(n, attempt=2, time=n + 0.5) for n in (2, 3))
+    done = one, two, evaluation, three, four
+    assert rows_left(*done, again, evaluation, later, seconds=3.5) == 8
+    for lines, where in (
+        ((*done, "{}\n", again, evaluation, later), "line 6 is no row"),  # not to be cut off there
+        (done, "step 3 as its checkpoint has it is missing"),  # a copy from before
+        ((*done, again, later), "step 2 is missing"),  # its evaluation, of the second attempt
+    ):
+        with pytest.raises(ConfigError, match=rf"metrics\.jsonl: {where}, and the run would go on after"):
+            rows_left(*lines, seconds=3.5)
         assert path.read_text() == "".join(lines)

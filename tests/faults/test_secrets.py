@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.secrets import keys, mask_files
 from tests.faults.runs import SETTINGS
 from tests.wandb_server import API_KEY, WandbServer
 
@@ -75,3 +77,26 @@ def test_no_key_in_what_a_sweep_and_its_report_leave(where: str, tmp_path: Path,
         if any(secret in path.read_bytes() for secret in (KEY.encode(), sent))
     ]
     assert not leaks
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"\xff\xfe\0no text", b"machine m login user password " + KEY.encode()]
+)
+def test_a_run_that_ends_does_not_fail_for_want_of_a_netrc(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Nor for want of a home directory: in a container a user may have neither a name nor a HOME."""
+    log = tmp_path / "rank.log"
+    log.write_text(f"before {KEY} after")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    if content is None:
+        for name in ("NETRC", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    else:
+        (tmp_path / "netrc").write_bytes(content)
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    known = bool(content and KEY.encode() in content)
+    assert bool(keys()) == known
+    mask_files([log, tmp_path / "there is none"])
+    assert log.read_text() == f"before {'*' * len(KEY) if known else KEY} after"

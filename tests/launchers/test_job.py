@@ -210,6 +210,36 @@ def test_a_rank_that_is_killed_ends_the_other_and_is_named(job: Job, frozen: Fro
 
 
 @pytest.mark.slow
+def test_a_rank_that_ends_before_it_can_speak_ends_the_other(
+    job: Job, frozen: Frozen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node that lacks a library: the others wait for it where ranks meet."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os\nif os.environ.get('RANK') == '1':\n    os._exit(3)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{os.environ.get('PYTHONPATH', '')}")
+    run = frozen(LONG, "parallel=ddp")
+    job.start([run], 2)
+    codes, printed = job.wait(60)
+    assert codes == [1, 1], printed
+    state, _, error = ended(run)
+    assert state == "FAILED" and error.startswith("rank 1: exited with code 3"), error
+
+
+@pytest.mark.slow
+def test_a_damaged_run_does_not_keep_those_that_share_its_job(job: Job, frozen: Frozen) -> None:
+    bad, good = frozen(SHORT, "seed=1"), frozen(SHORT)
+    bad.config_file.write_text(bad.config_file.read_text().replace("seed: 1", "seed: 2", 1))
+    job.start([bad, good], 2)
+    codes, printed = job.wait()
+    assert codes == [1, 0], printed
+    assert ended(good) == ("DONE", 1, "")
+    state, _, error = ended(bad)
+    assert state == "FAILED" and "is not what was frozen" in error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_hangs_does_not_outlive_one_that_failed(job: Job, frozen: Frozen, victim: int) -> None:
     run = frozen(LONG, "parallel=ddp")

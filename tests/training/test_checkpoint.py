@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 import pipeline.record
 import pipeline.stopping
@@ -36,6 +37,7 @@ from pipeline.checkpoint import Checkpointer, CheckpointError, Progress
 from pipeline.config import Config, ConfigError
 from pipeline.data import prepare
 from pipeline.parallel._ranks import Ranks
+from pipeline.plain_reader import index_of
 from pipeline.store import MetricsWriter, RunDirectory, Status
 from pipeline.train import train
 from tests.disk import fill
@@ -651,6 +653,17 @@ def test_an_index_that_this_torch_cannot_read_is_not_damage(pickled: bytes, home
         ):
             read()
     assert steps_saved(small.run) == [1, 2]
+
+
+def test_an_index_that_python_3_13_wrote_is_read():
+    """It has another name for the class of paths."""
+    path = Path("/runs/1/checkpoints/partial-00000001")
+    index = Metadata({}, storage_data={}, storage_meta=StorageMeta(checkpoint_id=path))
+    data = pickle.dumps(index, protocol=3)  # names as lines of text
+    written = data if b"pathlib._local" in data else data.replace(b"cpathlib\n", b"cpathlib._local\n")
+    assert b"pathlib._local" in written
+    meta = index_of(written).storage_meta
+    assert meta is not None and meta.checkpoint_id == path
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_begun_anew(

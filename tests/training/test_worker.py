@@ -158,6 +158,16 @@ def test_stop_signal_while_starting_is_recorded_as_cancelled(
     assert "Traceback" not in output
 
 
+def test_what_goes_wrong_before_the_ranks_start_is_recorded(home: Path, small_corpus: list[str]):
+    run = frozen(config(*TINY, *small_corpus, "budget.tokens=50k"))
+    (home / "corpora").write_text("no directory")
+    worker = start(run)
+    output, _ = worker.communicate(timeout=60)
+    status = run.status()
+    assert (worker.returncode, status.state, status.exit_code) == (1, "FAILED", 1), output
+    assert "corpora" in status.error and "\n" not in status.error and not run.is_locked()
+
+
 def test_a_foreign_launcher_is_refused(home: Path, small_corpus: list[str]):
     run = frozen(config(*TINY, *small_corpus, "budget.tokens=50k"))
     worker = start(run, RANK="0")
