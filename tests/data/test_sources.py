@@ -234,7 +234,9 @@ def test_parquet_with_invalid_utf8(tmp_path: Path) -> None:
 
 def test_parquet_without_the_column_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["x"], "url": ["y"], "tags": [["z"]]}), tmp_path / "a.parquet")
-    with pytest.raises(ConfigError, match=r"data.field=texts.*which has text, url, tags. Did you mean text\?"):
+    with pytest.raises(
+        ConfigError, match=r"data.field=texts.*which has text, url, tags. Did you mean text\?"
+    ):
         read(tmp_path / "a.parquet", field="texts")
     with pytest.raises(ConfigError, match=r"tags.*list.*not text"):
         read(tmp_path / "a.parquet", field="tags")
