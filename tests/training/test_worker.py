@@ -381,7 +381,8 @@ def test_silent_wandb_does_not_stop_training(home: Path, small_corpus: list[str]
             assert worker.poll() is None
         os.kill(service, signal.SIGSTOP)
         stopped_at = run.last_row()["step"]
-        wait_for_step(run, stopped_at + 1000, timeout_s=300)  # far more rows than all buffers between them hold
+        # Far more rows than all buffers between them hold.
+        wait_for_step(run, stopped_at + 1000, timeout_s=300)
     finally:
         if service:  # else the rank would wait for it before it ends
             with contextlib.suppress(ProcessLookupError):
