@@ -32,9 +32,8 @@ _ADMITTED = {
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        module = (
-            "pathlib" if module == "pathlib._local" else module
-        )  # where Python 3.13, and no other, has it
+        if module == "pathlib._local":  # where Python 3.13, and no other, has it
+            module = "pathlib"
         if (module, name) in _ADMITTED:
             return super().find_class(module, name)
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
