@@ -33,7 +33,7 @@ from pathlib import Path
 
 from analysis.records import COLUMNS
 from benchmarks.memory import peak_mib
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from pipeline.identity import run_id
 from pipeline.overrides import CONF
 from pipeline.store import MetricsWriter, RunDirectory
@@ -283,7 +283,7 @@ def main() -> int:
     sweep = measure_sweep(options.runs, options.rows, options.repeat) if options.runs else []
     figures = [*files, *sweep]
     if options.json:
-        print(json.dumps([asdict(figure) | {"missed": figure.missed} for figure in figures], indent=1))
+        print_json([asdict(figure) | {"missed": figure.missed} for figure in figures])
     with beside_json(options.json):
         _print_files(files, f"{options.files} files of {options.rows:,} rows × {METRICS} metrics")
         _print_sweep(sweep, f"{options.runs} runs of {options.rows:,} rows × {METRICS} metrics")

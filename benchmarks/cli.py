@@ -18,7 +18,6 @@ Exit code 1 when a median misses its target. The machine should be idle: a busy 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -31,7 +30,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 
 HERE = Path(__file__).resolve().parents[1]
 TARGET_S = 1.0
@@ -88,14 +87,17 @@ class Answer:
         return self.target_s is not None and self.median_s > self.target_s
 
 
-def measure(questions: list[str], repeat: int, home: Path, beside: Path | None) -> list[Answer]:
-    """`home`: a CRESCENDO_HOME with the sweep that some ask about, and a prepared corpus."""
+def measure(questions: list[str], repeat: int, homes: Path, beside: Path | None) -> list[Answer]:
+    """`homes`: a directory for a CRESCENDO_HOME of each code, which may not read what another writes."""
     codes = [HERE, *filter(None, [beside])]
+    home = {code: homes / str(number) for number, code in enumerate(codes)}
+    for code in codes:
+        prepare(home[code], code)
     seconds: dict[tuple[str, Path], list[float]] = {(name, code): [] for name in questions for code in codes}
     for turn in range(repeat):
         for name in questions:
             for code in codes if turn % 2 == 0 else reversed(codes):
-                seconds[name, code].append(_ask(QUESTIONS[name], code, home, turn))
+                seconds[name, code].append(_ask(QUESTIONS[name], code, home[code], turn))
     median = {key: statistics.median(values) for key, values in seconds.items()}
     floor = median.get((RUN_FLOOR, HERE))
     return [
@@ -163,11 +165,11 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]
             process.wait()
 
 
-def prepare(home: Path) -> None:
-    """A sweep of two short runs, and with it the corpus."""
+def prepare(home: Path, code: Path) -> None:
+    """The sweep that some ask about, of two short runs, and with it a corpus."""
     arguments = ("-m", "pipeline", "-m", "experiment=demo", "parallel=single", "seed=0,1", *_SHORT)
-    environment = os.environ | {"CRESCENDO_HOME": str(home), "PYTHONPATH": str(HERE)}
-    _answer([sys.executable, *arguments], HERE, environment, 0)
+    environment = os.environ | {"CRESCENDO_HOME": str(home), "PYTHONPATH": str(code)}
+    _answer([sys.executable, *arguments], code, environment, 0)
 
 
 def main() -> int:
@@ -178,12 +180,11 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     options = parser.parse_args()
     asked = [name for name in QUESTIONS if not options.only or options.only in name or "floor" in name]
-    with tempfile.TemporaryDirectory() as home:
-        prepare(Path(home))
+    with tempfile.TemporaryDirectory() as homes:
         beside = options.beside.resolve() if options.beside else None
-        answers = measure(asked, options.repeat, Path(home), beside)
+        answers = measure(asked, options.repeat, Path(homes), beside)
     if options.json:
-        print(json.dumps([asdict(answer) | {"missed": answer.missed} for answer in answers], indent=1))
+        print_json([asdict(answer) | {"missed": answer.missed} for answer in answers])
     with beside_json(options.json):
         print("\n".join(_table(answers)))
     return 1 if any(answer.missed for answer in answers) else 0

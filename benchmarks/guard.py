@@ -24,18 +24,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, here, print_json
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = ROOT / "benchmarks" / "baseline.json"
@@ -207,7 +204,7 @@ class Benchmark:
 BENCHMARKS = {
     "cli": Benchmark(of_cli),
     "sweep": Benchmark(of_sweep),
-    "peers": Benchmark(of_peers, ("--rounds", "2", "--layouts", "single", "ddp")),
+    "peers": Benchmark(of_peers, ("--starts", "1", "--layouts", "single", "ddp")),
     "step": Benchmark(of_step, ("--rounds", "6")),
     "statistics": Benchmark(of_statistics, ("--rounds", "4", "--accumulations", "1", "4")),
     "tests_cost": Benchmark(of_tests_cost, ("--rounds", "2")),
@@ -341,7 +338,7 @@ def table(compared: Sequence[Comparison]) -> str:
     width = max(len("against the baseline"), *(len(comparison.name) for comparison in compared))
     lines = [f"{'against the baseline':{width}}    ratio  baseline   worse by  tolerance"]
     for c in compared:
-        ratio, baseline = (_or_blank(number, ".3f") for number in (c.ratio, c.baseline))
+        ratio, baseline = (_or_blank(number, ".4g") for number in (c.ratio, c.baseline))
         worse, tolerance = _or_blank(c.worse, "+.1%"), _or_blank(c.tolerance, ".1%")
         lines.append(
             f"{c.name:{width}} {ratio:>8}  {baseline:>8}   {worse:>8}   {tolerance:>8}  {c.verdict}".rstrip()
@@ -369,7 +366,7 @@ def updated(baseline: Baseline, measured: Mapping[str, Ratios], conditions: Mapp
     merged = dict(baseline)
     for benchmark, ratios in measured.items():
         entries = {
-            name: Entry(round(ratio.value, 4), round(ratio.tolerance, 4), **conditions)
+            name: Entry(float(f"{ratio.value:.4g}"), round(ratio.tolerance, 4), **conditions)
             for name, ratio in ratios.items()
         }
         if entries:
@@ -387,24 +384,6 @@ def write(baseline: Baseline, path: Path) -> None:
         ]
         blocks.append(f" {json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n }")
     path.write_text("{\n" + ",\n".join(blocks) + "\n}\n")
-
-
-def here() -> dict[str, str]:
-    return {
-        "date": str(date.today()),
-        "hardware": f"{_processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "torch": metadata.version("torch"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> int:
@@ -436,7 +415,7 @@ def main() -> int:
             name: [asdict(comparison) | {"verdict": comparison.verdict} for comparison in found]
             for name, found in compared.items()
         }
-        print(json.dumps({"machine": here(), "figures": told, "failures": failures}, indent=1))
+        print_json(told, failures=failures)
     worse = any(worsened(found) for found in compared.values())
     return 1 if failures or (worse and not arguments.update) else 0
 
@@ -449,7 +428,7 @@ def conclusions(
         for c in found:
             if c.verdict == "WORSE":
                 lines.append(
-                    f"{name}, {c.name}: {c.ratio:.3f}, worse than {c.baseline:.3f} by {c.worse:.1%}; "
+                    f"{name}, {c.name}: {c.ratio:.4g}, worse than {c.baseline:.4g} by {c.worse:.1%}; "
                     f"tolerance {c.tolerance:.1%}"
                 )
             elif c.verdict == "gone":

@@ -1,7 +1,7 @@
 """Our trainer beside others on the same work: tokens per second, memory, start-up.
 
-    python -m benchmarks.peers [--rounds 5] [--only olmo_core hand_written] [--layouts single ddp fsdp]
-                               [--environment DIRECTORY] [--json]
+    python -m benchmarks.peers [--starts 2] [--turns 4] [--only olmo_core hand_written]
+                               [--layouts single ddp fsdp] [--environment DIRECTORY] [--json]
 
 The peers (benchmarks/peer_trainers, one file each) are OLMo-core, Hugging Face's Trainer, Lightning Fabric
 and a loop in one file as nanoGPT's; ours is `python -m pipeline`, with its record and its supervisor. They
@@ -11,11 +11,13 @@ The work is equal: a Llama of one shape, the same initial weights and tokens, fl
 settings, clipping, the same micro-batches and threads. That it is shows in the losses: no ratio is given for
 a peer whose loss at any step differs from ours by more than float32 rounding explains.
 
-Each run is a process of its own, measured from outside: every trainer leaves a row with the time after each
-step, as our record does; when the last step wanted is there, the peak memory of its largest process is read
-from /proc, and it is ended. Peers take turns, in random order; the figures are medians over rounds of the
-ratios within a round, with their quartiles. Exit code 1 when the fastest peer is not beaten as the target
-says, or a peer's work was not equal.
+Each trainer is processes of its own, measured from outside: it leaves a row with the time after each step,
+as our record does. All are started, one after another, and stopped (SIGSTOP) after a few steps. Then they
+take turns, in random order, of a few steps each while the others are stopped, so that a drift of the machine
+hits all alike: a shared machine drifts by a fifth within minutes. At the end the peak memory of the largest
+process of each is read from /proc. The figures are medians over turns of the ratios within a turn, with
+their quartiles. Exit code 1 when the fastest peer is not beaten as the target says, or a peer's work was not
+equal.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import signal
 import statistics
 import subprocess
@@ -42,13 +43,14 @@ import numpy as np
 
 from benchmarks.memory import peak_mib
 from benchmarks.peer_trainers._task import Shape, Task
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from pipeline.config import Config, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
 PEERS = ("olmo_core", "hf_trainer", "fabric", "hand_written")
 LAYOUTS = {"single": 1, "ddp": 2, "fsdp": 2}  # processes
+LACKING = {("fsdp", "hf_trainer")}  # accelerate shards on GPUs alone, and on CPUs runs DDP without a word
 INSTALLED = ("ai2-olmo-core==3.0.0", "accelerate==1.15.0", "lightning-fabric==2.6.6", "transformers")
 NOT_PINNED = ("rich",)  # OLMo-core's cached-path wants an older one than constraints.txt names
 
@@ -66,7 +68,9 @@ WORK = (
     "lr.warmup_tokens=0",
     "track=disabled",
 )
-WARM_UP, TIMED = 3, 8  # steps
+WARM_UP = 3  # steps, after each start
+TIMED = 3  # steps of each turn; a turn begins within a step, which is not timed
+COMPARED = 11  # steps whose losses must be equal
 TIMEOUT_S = 600.0
 LOSS_TOLERANCE = 1e-4  # relative; float32 in another order is off by 1e-6 at first, and the difference grows
 TARGET = 1.1
@@ -75,8 +79,8 @@ TARGET = 1.1
 # --- the work ---------------------------------------------------------------------------------------------
 
 
-def prepare(directory: Path) -> Task:
-    """Writes the tokens and the initial weights, and our corpus, of which the tokens are."""
+def prepare(directory: Path, steps: int) -> Task:
+    """Writes the tokens of so many steps and the initial weights, and our corpus, of which the tokens are."""
     os.environ["CRESCENDO_HOME"] = str(directory)
     from pipeline.data import Stream
     from pipeline.data import prepare as prepare_corpus
@@ -88,7 +92,6 @@ def prepare(directory: Path) -> Task:
     model, optim = composed.model, composed.optim
     assert isinstance(model, LlamaConfig) and optim.clip is not None
     shape = Shape(**{name: getattr(model, name) for name in Shape.__dataclass_fields__})
-    steps = WARM_UP + TIMED + 4  # a trainer is ended before it ends by itself, and its memory cannot be read
     corpus = prepare_corpus(composed.data, directory / "corpora")
     stream = Stream(corpus.train, composed.data.sequence_length, composed.data.seed)
     np.save(directory / "tokens.npy", stream.read(0, steps * composed.batch.size).astype(np.uint16))
@@ -137,74 +140,124 @@ def environment_at(directory: Path) -> Path:
     return python
 
 
+def installed(python: Path) -> dict[str, str]:
+    """The versions of the peers and of what they run on."""
+    names = ("torch", "ai2-olmo-core", "transformers", "accelerate", "lightning-fabric")
+    code = f"import json, importlib.metadata as m; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    versions: dict[str, str] = json.loads(subprocess.check_output([python, "-c", code], timeout=60))
+    return versions
+
+
 # --- one run of one trainer -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Run:
-    """What was seen of it from outside."""
+    """What was seen of a trainer from outside, from one start on."""
 
-    losses: tuple[float, ...]  # of each step
-    step_s: tuple[float, ...]  # without those to warm up
+    losses: tuple[float, ...]  # of its first steps
+    turns_s: tuple[float, ...]  # the median step of each turn
     first_step_s: float  # from the start of the command to the end of the first step
     memory_mib: float  # peak of the largest process
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.step_s)
 
 
 class Failed(RuntimeError):
     """A trainer did not do its steps."""
 
 
-def run(name: str, python: Path, task: Task, timeout_s: float = TIMEOUT_S) -> Run:
-    """Raises Failed, with the end of what the trainer printed."""
-    ranks = LAYOUTS[task.layout]
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    variables = {
-        "PYTHONPATH": str(ROOT),
-        "CRESCENDO_HOME": task.directory,
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    path = Path(task.directory) / "task.json"
-    task.write(path)
-    command = [str(python), "-m"]
-    if ranks > 1 and name != OURS:  # which starts its ranks itself
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    command += [f"benchmarks.peer_trainers.{name}", str(path)]
-    output = Path(task.directory) / "output.txt"
-    began = time.time()
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=task.directory, env=os.environ | variables, stdout=file, stderr=subprocess.STDOUT
-        )
+class Trainer:
+    """A trainer that is stopped unless it is its turn. As a context it is ended on leaving.
+
+    What it is asked for raises Failed, with the end of what it printed.
+    """
+
+    def __init__(self, name: str, python: Path, task: Task) -> None:
+        self.name, self.python, self.task = name, python, task
+        self.directory = Path(task.directory)
+        self.turns_s: list[float] = []
+        self.first_step_s = 0.0
+
+    def __enter__(self) -> Trainer:
+        ranks = LAYOUTS[self.task.layout]
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        variables = {
+            "PYTHONPATH": str(ROOT),
+            "CRESCENDO_HOME": self.task.directory,
+            "OMP_NUM_THREADS": str(threads),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        path = self.directory / "task.json"
+        self.task.write(path)
+        command = [str(self.python), "-m"]
+        if ranks > 1 and self.name != OURS:  # which starts its ranks itself
+            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        command += [f"benchmarks.peer_trainers.{self.name}", str(path)]
+        self._began = time.time()
+        with (self.directory / "output.txt").open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.task.directory,
+                env=os.environ | variables,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the ranks first, so that whatever launched them reaps them."""
+        *descendants, _root = family(self._process.pid)
+        for pid in descendants:
+            _send(pid, signal.SIGKILL)
+        _send(self._process.pid, signal.SIGCONT)
         try:
-            return _watch(process, task, began, timeout_s)
-        except Failed as failure:
-            tail = "\n".join(output.read_text(errors="replace").splitlines()[-25:])
-            raise Failed(f"{name}, {task.layout}: {failure}\n{tail}") from None
-        finally:
-            _end(process)
+            self._process.wait(20 if descendants else 0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def warm_up(self) -> None:
+        """Its first steps, for which it was started just now."""
+        self.first_step_s = self._until(WARM_UP)[0][1] - self._began
+        self._signal(signal.SIGSTOP)
+
+    def turn(self) -> None:
+        done = len(steps_in(self.directory))
+        self._signal(signal.SIGCONT)
+        times = [wall for _, wall in self._until(done + 1 + TIMED)[-TIMED - 1 :]]
+        self._signal(signal.SIGSTOP)
+        self.turns_s.append(statistics.median(after - before for before, after in itertools.pairwise(times)))
+
+    def seen(self) -> Run:
+        """What the turns until now told."""
+        losses = tuple(loss for loss, _ in steps_in(self.directory)[:COMPARED])
+        return Run(losses, tuple(self.turns_s), self.first_step_s, largest_mib(family(self._process.pid)))
+
+    def _until(self, wanted: int) -> list[tuple[float, float]]:
+        """Its steps, once there are so many."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(steps := steps_in(self.directory)) < wanted:
+            if self._process.poll() is not None:
+                raise self._failed(
+                    f"ended with exit code {self._process.returncode} before its step {wanted}"
+                )
+            if time.monotonic() > deadline:
+                raise self._failed(f"took more than {TIMEOUT_S:.0f} s, for {len(steps)} of {wanted} steps")
+            time.sleep(0.05)
+        return steps[:wanted]
+
+    def _failed(self, what: str) -> Failed:
+        lines = (self.directory / "output.txt").read_text(errors="replace").splitlines()
+        return Failed("\n".join([f"{self.name}, {self.task.layout}: {what}", *lines[-25:]]))
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in family(self._process.pid):
+            _send(pid, number)
 
 
-def _watch(process: subprocess.Popen[bytes], task: Task, began: float, timeout_s: float) -> Run:
-    wanted = WARM_UP + TIMED
-    deadline = time.monotonic() + timeout_s
-    steps: list[tuple[float, float]] = []
-    while len(steps) < wanted:
-        if process.poll() is not None:
-            raise Failed(f"ended with exit code {process.returncode} before its step {wanted} was seen")
-        if time.monotonic() > deadline:
-            raise Failed(f"took more than {timeout_s:.0f} s, for {len(steps)} of {wanted} steps")
-        time.sleep(0.1)
-        steps = steps_in(Path(task.directory))
-    memory = largest_mib(family(process.pid))
-    losses, times = zip(*steps[:wanted], strict=True)
-    seconds = [after - before for before, after in itertools.pairwise(times)]
-    return Run(losses, tuple(seconds[WARM_UP - 1 :]), times[0] - began, memory)
+def _send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def steps_in(directory: Path) -> list[tuple[float, float]]:
@@ -245,22 +298,9 @@ def largest_mib(pids: Iterable[int]) -> float:
     return max(found)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the ranks first, so that whatever launched them reaps them."""
-    *descendants, _ = family(process.pid)
-    for pid in descendants:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    try:
-        process.wait(20 if descendants else 0)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 # --- the comparison ---------------------------------------------------------------------------------------
 
-Rounds = dict[str, list[Run]]  # of each trainer, in one layout
+Runs = dict[str, list[Run]]  # of each trainer, one for each start, in one layout
 
 
 def unequal(ours: Run, peer: Run) -> str | None:
@@ -271,10 +311,10 @@ def unequal(ours: Run, peer: Run) -> str | None:
     return None
 
 
-def compare(rounds: Rounds) -> dict[str, dict[str, Any]]:
-    """By peer: {"refused": why}, or ours over it in tokens per second (median and quartiles over rounds), in
+def compare(runs: Runs) -> dict[str, dict[str, Any]]:
+    """By peer: {"refused": why}, or ours over it in tokens per second (median and quartiles over turns), in
     memory and in start-up."""
-    return {name: _against(rounds[OURS], runs) for name, runs in rounds.items() if name != OURS}
+    return {name: _against(runs[OURS], theirs) for name, theirs in runs.items() if name != OURS}
 
 
 def _against(ours: Sequence[Run], peer: Sequence[Run]) -> dict[str, Any]:
@@ -282,7 +322,9 @@ def _against(ours: Sequence[Run], peer: Sequence[Run]) -> dict[str, Any]:
     if reasons := [reason for a, b in pairs if (reason := unequal(a, b))]:
         return {"refused": reasons[0]}
     return {
-        "faster": _spread(b.median_s / a.median_s for a, b in pairs),
+        "faster": _spread(
+            their_s / our_s for a, b in pairs for our_s, their_s in zip(a.turns_s, b.turns_s, strict=True)
+        ),
         "memory": statistics.median(a.memory_mib / b.memory_mib for a, b in pairs),
         "start": statistics.median(a.first_step_s / b.first_step_s for a, b in pairs),
     }
@@ -302,14 +344,14 @@ def met(figures: dict[str, dict[str, Any]]) -> bool:
     return fastest["faster"]["median"] >= TARGET and fastest["memory"] <= 1
 
 
-def show(layout: str, rounds: Rounds, figures: dict[str, dict[str, Any]], tokens: int) -> None:
+def show(layout: str, runs: Runs, figures: dict[str, dict[str, Any]], tokens: int) -> None:
     verdict = f"target ≥ {TARGET}× the fastest peer, no more memory: {'met' if met(figures) else 'MISSED'}"
     print(f"{layout}, {LAYOUTS[layout]} process(es); {verdict}")
     print(f"  {'':14} tokens/s  ours is faster by     peak MiB   ours    first step s   ours")
-    for name, runs in rounds.items():
-        rate = statistics.median(tokens / one.median_s for one in runs)
-        memory = statistics.median(one.memory_mib for one in runs)
-        start = statistics.median(one.first_step_s for one in runs)
+    for name, several in runs.items():
+        rate = statistics.median(tokens / seconds for one in several for seconds in one.turns_s)
+        memory = statistics.median(one.memory_mib for one in several)
+        start = statistics.median(one.first_step_s for one in several)
         figure = figures.get(name, {})
         ratios = ["", "", ""]
         if "refused" in figure:
@@ -329,28 +371,37 @@ def show(layout: str, rounds: Rounds, figures: dict[str, dict[str, Any]], tokens
 
 
 def measure(
-    python: Path, task: Task, names: Sequence[str], layouts: Sequence[str], count: int
-) -> dict[str, Rounds]:
+    python: Path, task: Task, names: Sequence[str], layouts: Sequence[str], starts: int, turns: int
+) -> dict[str, Runs]:
     """By layout. Raises Failed."""
-    found: dict[str, Rounds] = {layout: {name: [] for name in names} for layout in layouts}
+    found: dict[str, Runs] = {
+        layout: {name: [] for name in names if (layout, name) not in LACKING} for layout in layouts
+    }
     order = random.Random(0)
-    for number in range(count):
-        for layout in layouts:
-            for name in order.sample(list(names), len(names)):
-                directory = Path(task.directory) / "run"
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(directory)
-                directory.mkdir()
-                (directory / "corpora").symlink_to(Path(task.directory) / "corpora")
-                one = run(name, python, replace(task, layout=layout, directory=str(directory)))
-                found[layout][name].append(one)
-                print(f"round {number + 1}: {layout}, {name}: {one.median_s:.3f} s a step", file=sys.stderr)
+    for start, (layout, runs) in itertools.product(range(starts), found.items()):
+        with tempfile.TemporaryDirectory(dir=task.directory) as directory, contextlib.ExitStack() as running:
+            trainers = []
+            for name in order.sample(list(runs), len(runs)):
+                own = Path(directory) / name
+                own.mkdir()
+                (own / "corpora").symlink_to(Path(task.directory) / "corpora")
+                trainer = Trainer(name, python, replace(task, layout=layout, directory=str(own)))
+                running.enter_context(trainer).warm_up()
+                trainers.append(trainer)
+            for turn in range(turns):
+                for trainer in order.sample(trainers, len(trainers)):
+                    trainer.turn()
+                    where = f"{layout}, start {start + 1}, turn {turn + 1}"
+                    print(f"{where}: {trainer.name}, {trainer.turns_s[-1]:.3f} s a step", file=sys.stderr)
+            for trainer in trainers:
+                runs[trainer.name].append(trainer.seen())
     return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--starts", type=int, default=2, help="of each trainer (default 2)")
+    parser.add_argument("--turns", type=int, default=4, help="after each start (default 4)")
     parser.add_argument("--only", nargs="+", default=list(PEERS), choices=PEERS, metavar="PEER")
     parser.add_argument("--layouts", nargs="+", default=list(LAYOUTS), choices=list(LAYOUTS))
     parser.add_argument(
@@ -365,22 +416,22 @@ def main() -> int:
     try:
         python = environment_at(arguments.environment)
         with tempfile.TemporaryDirectory() as directory:
-            task = prepare(Path(directory))
-            found = measure(python, task, names, arguments.layouts, arguments.rounds)
+            steps = WARM_UP + arguments.turns * (1 + TIMED) + 4  # none ends by itself
+            task = prepare(Path(directory), steps)
+            found = measure(python, task, names, arguments.layouts, arguments.starts, arguments.turns)
     except (Failed, subprocess.CalledProcessError) as failure:
         print(failure, file=sys.stderr)
         return 1
-    figures = {layout: compare(rounds) for layout, rounds in found.items()}
+    figures = {layout: compare(runs) for layout, runs in found.items()}
     if arguments.json:
         runs = {
-            layout: {name: [asdict(one) for one in several] for name, several in rounds.items()}
-            for layout, rounds in found.items()
+            layout: {name: [asdict(one) for one in several] for name, several in of_layout.items()}
+            for layout, of_layout in found.items()
         }
-        machine = {"cores": os.cpu_count(), "load": os.getloadavg()}
-        print(json.dumps({"figures": figures, "work": WORK, "runs": runs, "machine": machine}, indent=1))
+        print_json(figures, work=WORK, peers=installed(python), runs=runs)
     with beside_json(arguments.json):
-        for layout, rounds in found.items():
-            show(layout, rounds, figures[layout], task.batch * task.sequence_length)
+        for layout, of_layout in found.items():
+            show(layout, of_layout, figures[layout], task.batch * task.sequence_length)
     return 0 if all(met(figure) for figure in figures.values()) else 1
 
 

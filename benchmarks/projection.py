@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -22,12 +20,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from analysis.records import table
 from analysis.step_cost import Machine, StepTrace, cells, checks, cost, step_trace
 from analysis.synchronisation import Network
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from benchmarks.step import trainer
 from pipeline.config import Config
 from pipeline.data import prepare
@@ -103,11 +99,8 @@ def main() -> int:
         runs = train(arguments.rounds)
     figures = predict(runs)
     worst = max(abs(found["error"]) for found in figures["errors"])
-    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-    machine["load average"] = os.getloadavg()[0]
     if arguments.json:
-        content = {"machine": machine, "figures": figures, "target": TARGET, "met": worst <= TARGET}
-        print(json.dumps(content, indent=1))
+        print_json(figures, target=TARGET, met=worst <= TARGET)
     with beside_json(arguments.json):
         for found in figures["errors"]:
             print(

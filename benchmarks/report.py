@@ -24,7 +24,7 @@ from typing import TypeVar
 from analysis import figures
 from analysis.render import render_html
 from analysis.report import build
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from tests.analysis.browser import BINARY, browser
 from tests.analysis.synthetic import many_long_runs
 
@@ -101,7 +101,7 @@ def main() -> int:
     options = parser.parse_args()
     found = measure(options.schedules, options.seeds, options.rows)
     if options.json:
-        print(json.dumps([asdict(figure) | {"missed": figure.missed} for figure in found], indent=1))
+        print_json([asdict(figure) | {"missed": figure.missed} for figure in found])
     with beside_json(options.json):
         title = f"{options.schedules} schedules × {options.seeds} seeds × {options.rows:,} rows"
         width = max(len(title), *(len(figure.what) for figure in found))

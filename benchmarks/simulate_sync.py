@@ -57,10 +57,8 @@ Ratios marked ~ are read off the paper's bars, to some 5 %; the others are in it
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +69,7 @@ from typing import Any
 import numpy as np
 
 from analysis.synchronisation import Network
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from benchmarks.sync_model import (
     PAPERS_CODE,
     Costs,
@@ -584,15 +582,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse()
-    content: dict[str, Any] = {}
+    validation, figures = {}, {}
     if arguments.validate:
         rows = compare(measure(arguments.rounds))
-        content["validation"] = {"rounds": arguments.rounds, "runs": rows, **summary(rows)}
+        validation = {"rounds": arguments.rounds, "runs": rows, **summary(rows)}
         with beside_json(arguments.json):
             print("\n".join(map(of_validation, rows)))
-            print(of_summary(content["validation"]), end="\n\n")
+            print(of_summary(validation), end="\n\n")
     network = Network(arguments.gb_per_s, arguments.latency_us)
-    content["figures"] = {}
     for name in arguments.settings:
         setting = own_setting(arguments) if name == "own" else SETTINGS[name]
         tables = [
@@ -606,15 +603,13 @@ def main() -> int:
             )
             for ranks in arguments.ranks or setting.ranks
         ]
-        content["figures"][name] = [row for table in tables for row in table]
+        figures[name] = [row for table in tables for row in table]
         with beside_json(arguments.json):
             for table in tables:
                 print(f"{name}, {of_rows(table)}", end="\n\n")
     if arguments.json:
-        machine = {"processor": platform.machine(), "cores": os.cpu_count(), "numpy": np.__version__}
-        content["machine"] = machine | {"load average": os.getloadavg()[0]}
-        content["network"] = asdict(network)
-        print(json.dumps(content, indent=1))
+        validated = {"validation": validation} if validation else {}
+        print_json(figures, network=asdict(network), **validated)
     return 0
 
 

@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -49,7 +47,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.memory import peak_mib
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from benchmarks.step import COMMON, EVERY_STEP
 from benchmarks.timing import Seconds, in_turns, ratio
 from pipeline.batch import norm_test
@@ -478,9 +476,7 @@ def main() -> int:
         with beside_json(arguments.json):
             figures = measure(parts, meshes, arguments.rounds, arguments.accumulations)
     if arguments.json:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-        machine = {"processor": device, "cores": os.cpu_count(), "torch": torch.__version__}
-        print(json.dumps({"figures": figures, "machine": machine}, indent=1))
+        print_json(figures, device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
     return 0 if all(figure["met"] for part in figures.values() for figure in part.values()) else 1
 
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,7 +19,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from benchmarks.timing import Seconds, in_turns, ratio
 from pipeline.config import Config
 from pipeline.data import Stream, prepare
@@ -104,9 +102,7 @@ def main() -> int:
         for name, figure in figures.items()
     }
     if arguments.json:
-        machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        seconds = {"single": alone, "ddp": ranks}
-        print(json.dumps({"figures": figures, "met": met, "seconds": seconds, "machine": machine}, indent=1))
+        print_json(figures, met=met, seconds={"single": alone, "ddp": ranks})
     with beside_json(arguments.json):
         step = statistics.median(wall for wall, _ in alone["plain"])
         print(f"10m model, 2048 tokens a step and rank, one thread; plain step {step * 1000:.0f} ms")

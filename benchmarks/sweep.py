@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from launchers import manifest
 from launchers.compose import Composer
 from launchers.grammar import expand
@@ -137,7 +137,7 @@ def main() -> int:
     options = parser.parse_args()
     figures = list(measure(options.points))
     if options.json:
-        print(json.dumps([asdict(figure) | {"missed": figure.missed} for figure in figures], indent=1))
+        print_json([asdict(figure) | {"missed": figure.missed} for figure in figures])
     with beside_json(options.json):
         width = max(len(figure.what) for figure in figures)
         print(f"{f'{figures[0].points} points':{width}}  seconds  ms a point  target")

@@ -21,9 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -38,7 +36,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 import pipeline.samples
-from benchmarks.printing import beside_json
+from benchmarks.printing import beside_json, print_json
 from benchmarks.statistics import Steady, set_batch
 from benchmarks.step import EVERY_STEP
 from benchmarks.timing import Seconds, in_turns, ratio
@@ -221,8 +219,7 @@ def main() -> int:
         with beside_json(arguments.json):
             found = measure(arguments.only, arguments.rounds)
     if arguments.json:
-        machine = {"processor": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
-        print(json.dumps({"figures": found, "machine": machine}, indent=1))
+        print_json(found)
     return 0 if all(test["met"] for problem in found.values() for test in problem["tests"].values()) else 1
 
 

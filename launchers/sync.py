@@ -34,6 +34,7 @@ from launchers.plan import compare
 from launchers.standing import Target, standings
 from launchers.table import make_console, say, show_command, show_launchers, tally
 from pipeline.config import ConfigError
+from pipeline.secrets import masked
 from pipeline.store import home, python
 
 _SILENCE_S = 600.0  # wandb repeats what fails for longer than anybody waits, without a word
@@ -81,13 +82,14 @@ class OfflineFile:
 
 @dataclass
 class Answer:
-    """What `wandb sync` said."""
+    """What `wandb sync` said, without keys: a server or a proxy may repeat the request that it refuses."""
 
     errors: dict[str, str] = field(default_factory=dict)  # by the wandb id or the directory that they name
     other_errors: list[str] = field(default_factory=list)
     urls: dict[str, str] = field(default_factory=dict)  # by wandb id
 
     def add(self, line: str) -> None:
+        line = masked(line)
         if found := _URL.search(line):
             self.urls[found[2]] = found[1]
         kind, _, words = line.removeprefix("wandb: ").partition(" ")

@@ -7,6 +7,7 @@ problem and kept in home()/optima/<key>.json.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -59,9 +60,11 @@ def minimum(config: Config) -> Minimum | None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            write_atomically(path, json.dumps(asdict(_found(config, model)), indent=1) + "\n")
-    return Minimum(**json.loads(path.read_text(encoding="utf-8")))
+        with contextlib.suppress(OSError, ValueError, TypeError):  # not there, or damaged: it is found again
+            return Minimum(**json.loads(path.read_text(encoding="utf-8")))
+        found = _found(config, model)
+        write_atomically(path, json.dumps(asdict(found), indent=1) + "\n")
+    return found
 
 
 def _key(config: Config, model: ClassifierConfig) -> str:

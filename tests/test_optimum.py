@@ -110,6 +110,16 @@ def test_the_same_problem_is_solved_once(home: Path, monkeypatch: pytest.MonkeyP
     assert json.loads(file.read_text())["loss"] == first.loss  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("damage", ["", '{"loss": 0.1, "wh', '{"lost": 0.1}', "[]"])
+def test_a_damaged_file_is_made_again(damage: str, home: Path):
+    first = minimum(config(*DIGITS, "model.l2=0.01"))
+    (file,) = (home / "optima").glob("*.json")
+    whole = file.read_text()
+    file.write_text(damage)
+    assert minimum(config(*DIGITS, "model.l2=0.01")) == first
+    assert file.read_text() == whole
+
+
 @pytest.mark.parametrize("other", ["model.l2=0.02", "data.validation_fraction=0.3", "data.standardise=true"])
 def test_another_problem_has_another_minimum(other: str, home: Path):
     one, two = minimum(config(*DIGITS, "model.l2=0.01")), minimum(config(*DIGITS, "model.l2=0.01", other))

@@ -27,6 +27,7 @@ import polars as pl
 
 ENTITY = "team"  # of the API key
 API_KEY = "0123456789" * 4
+SENT_KEY = base64.b64encode(f"api:{API_KEY}".encode()).decode()
 _NOW = "2026-01-01T00:00:00Z"
 
 Json = dict[str, Any]
@@ -177,7 +178,8 @@ class WandbServer:
         }
 
     def fail_next(self, number: int, status: int, call: str) -> None:
-        """The next `number` calls of this name are answered with this HTTP status."""
+        """The next `number` calls of this name are answered with this HTTP status, and with the key that they
+        came with, as some proxies repeat what they refuse."""
         with self._lock:
             self._failures += [(status, call)] * number
 
@@ -212,11 +214,11 @@ class WandbServer:
                     self.unknown.append(f"{method} {path}")
                     return 404, {}
             self.calls.append(call)
-            if authorization != "Basic " + base64.b64encode(f"api:{API_KEY}".encode()).decode():
+            if authorization != f"Basic {SENT_KEY}":
                 return 401, {"errors": [{"message": "invalid API key"}]}
             if failure := next((each for each in self._failures if each[1] == call), None):
                 self._failures.remove(failure)
-                return failure[0], {"errors": [{"message": "injected by the test"}]}
+                return failure[0], {"errors": [{"message": f"injected by the test: {authorization}"}]}
             return 200, reply()
 
     def _run(self, entity: str | None, project: str | None, id_: str) -> Run:

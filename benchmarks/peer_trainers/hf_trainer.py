@@ -79,12 +79,6 @@ def main() -> None:
         for name, value in task.parameters().items()
     }
     model.load_state_dict(named)
-    sharding: dict[str, Any] = {}
-    if task.layout == "fsdp":
-        sharding = {
-            "fsdp": True,
-            "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
-        }
     arguments = TrainingArguments(
         output_dir=task.directory,
         max_steps=task.steps,
@@ -107,7 +101,6 @@ def main() -> None:
         use_cpu=True,
         ddp_backend="gloo" if ranks > 1 else None,
         ddp_find_unused_parameters=False,
-        **sharding,
     )
     # Weight decay on every parameter, as ours; its own default leaves norms out.
     InOrder.get_decay_parameter_names = lambda self, model: [name for name, _ in model.named_parameters()]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import sys
 import traceback
 from dataclasses import fields, is_dataclass, replace
@@ -52,13 +53,18 @@ def directory() -> Path | None:
 
 
 def options() -> list[str]:
-    """What `batch=` may be besides the options of conf/batch. Raises ConfigError for a file of their name."""
+    """What `batch=` may be besides the options of conf/batch. Raises ConfigError for a file that bears the
+    name of one of those, or that cannot be named in an override."""
     from pipeline.config import ConfigError
     from pipeline.overrides import CONF
 
     if (here := directory()) is None:
         return []
     files = sorted(file for file in here.glob("*.py") if not file.stem.startswith("_"))
+    if unfit := [file for file in files if not re.fullmatch(r"[\w.-]+", file.stem)]:
+        raise ConfigError(
+            *(f"{f}: batch={f.stem} cannot be typed. Name it with letters, digits and _ alone" for f in unfit)
+        )
     taken = {
         path.stem for folder in ("conf/batch", "pipeline/batch") for path in (CONF.parent / folder).iterdir()
     }
@@ -131,7 +137,7 @@ def load(version: str) -> ModuleType:
     sys.modules[module.__name__] = module  # where dataclasses and type hints look names up
     try:
         exec(compile(text, str(file), "exec"), vars(module))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{file}, line {_line(error, file)}: {type(error).__name__}: {error}") from error
     if problems := _problems(module):
         raise ConfigError(*(f"{file}: {problem}" for problem in problems))
@@ -159,7 +165,7 @@ def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()[:_DIGITS]
 
 
-def _line(error: Exception, file: Path) -> int | None:
+def _line(error: BaseException, file: Path) -> int | None:
     """The last one of the file that was at work."""
     if isinstance(error, SyntaxError):
         return error.lineno

@@ -124,6 +124,7 @@ def test_the_settings_of_an_own_schedule_change_no_other_run(write: Write) -> No
         ("x = 1\nimport nowhere_at_all\n", "line 2: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("x = 1\ndef f(:\n", "line 2: SyntaxError"),
         ("def f():\n    return 1 / 0\n\nf()\n", "line 2: ZeroDivisionError"),
+        ("import sys\nsys.exit(3)\n", "line 2: SystemExit: 3"),
         ("x = 1\n", "defines no class Schedule"),
         ("class Schedule: pass\n", r"class Schedule has no check\(\)"),
         (
@@ -145,6 +146,13 @@ def test_a_file_that_is_no_schedule_is_named_with_the_line(write: Write, text: s
 def test_a_built_in_name_is_refused_whatever_is_asked_for(write: Write, name: str) -> None:
     file = write(POWER, name)
     with pytest.raises(ConfigError, match=f"{file}: batch={name} is a schedule of Crescendo's. Rename"):
+        composed("batch=constant")
+
+
+@pytest.mark.parametrize("name", ["a@b", "two words", "x=1"])
+def test_a_name_that_no_override_can_hold_is_refused(write: Write, name: str) -> None:
+    file = write(POWER, name)
+    with pytest.raises(ConfigError, match=f"{file}: batch={name} cannot be typed. Name it with letters"):
         composed("batch=constant")
 
 

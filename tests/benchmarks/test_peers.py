@@ -5,31 +5,46 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import benchmarks.peers
-from benchmarks.peers import OURS, Failed, Run, compare, family, met, prepare, run, steps_in, unequal
+from benchmarks.peers import (
+    OURS,
+    TIMED,
+    Failed,
+    Run,
+    Trainer,
+    compare,
+    family,
+    measure,
+    met,
+    prepare,
+    steps_in,
+    unequal,
+)
 
 LOSSES = (6.0, 5.5, 5.0)
+TINY = ("model=tiny", "data.sequence_length=32", "data.micro_batch=2", "batch.size=8")
 
 
 def made_up(seconds: float, memory: float = 500.0, losses: tuple[float, ...] = LOSSES) -> Run:
-    return Run(losses, (seconds, seconds, 9 * seconds), first_step_s=10 * seconds, memory_mib=memory)
+    return Run(losses, (seconds,), first_step_s=10 * seconds, memory_mib=memory)
 
 
-def test_ratios_are_medians_within_rounds() -> None:
-    ours = [made_up(1.0), made_up(2.0), made_up(1.0)]
-    peer = [made_up(1.2, 1000), made_up(2.2, 1000), made_up(1.5, 1000)]  # 1.2, 1.1 and 1.5 times ours
-    figure = compare({OURS: ours, "slow": peer})["slow"]
-    assert figure["faster"] == pytest.approx({"median": 1.2, "q1": 1.1, "q3": 1.5})
+def test_ratios_are_medians_within_turns() -> None:
+    ours = [replace(made_up(1.0), turns_s=(1.0, 2.0)), made_up(1.0), made_up(1.0)]
+    peer = [replace(made_up(1.2, 1000), turns_s=(1.4, 2.4)), made_up(1.1, 1000), made_up(1.5, 1000)]
+    figure = compare({OURS: ours, "slow": peer})["slow"]  # 1.4, 1.2, 1.1 and 1.5 times ours
+    assert figure["faster"] == pytest.approx({"median": 1.3, "q1": 1.125, "q3": 1.475})
     assert figure["memory"] == 0.5
     assert figure["start"] == pytest.approx(1 / 1.2)
 
 
-def test_one_round_is_enough_for_a_ratio() -> None:
+def test_one_turn_is_enough_for_a_ratio() -> None:
     figure = compare({OURS: [made_up(1.0)], "slow": [made_up(1.25)]})["slow"]
     assert figure["faster"] == {"median": 1.25, "q1": 1.25, "q3": 1.25}
 
@@ -78,22 +93,37 @@ def test_all_processes_of_a_trainer_are_found() -> None:
 
 @pytest.mark.slow
 def test_a_peer_does_the_same_work_as_ours(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = ["model=tiny", "data.sequence_length=32", "data.micro_batch=2", "batch.size=8"]
-    monkeypatch.setattr(benchmarks.peers, "WORK", (*tiny, *benchmarks.peers.WORK[-5:]))
-    monkeypatch.setattr(benchmarks.peers, "WARM_UP", 1)
-    monkeypatch.setattr(benchmarks.peers, "TIMED", 3)
-    task = prepare(home)
-    runs = {}
-    for name in (OURS, "hand_written"):
-        directory = home / name
-        directory.mkdir()
-        (directory / "corpora").symlink_to(home / "corpora")
-        runs[name] = run(name, Path(sys.executable), replace(task, directory=str(directory)), timeout_s=120)
-    assert len(runs[OURS].losses) == 4 and len(runs[OURS].step_s) == 3
-    assert unequal(runs[OURS], runs["hand_written"]) is None
-    assert all(one.memory_mib > 100 and one.first_step_s > 0.5 for one in runs.values())
+    monkeypatch.setattr(benchmarks.peers, "WORK", (*TINY, *benchmarks.peers.WORK[-5:]))
+    monkeypatch.setattr(benchmarks.peers, "TIMEOUT_S", 120.0)
+    task = prepare(home, steps=4000)
+    found = measure(Path(sys.executable), task, [OURS, "hand_written"], ["single"], starts=1, turns=2)
+    (ours,), (peer,) = found["single"].values()
+    assert len(ours.losses) == 11 and len(ours.turns_s) == 2
+    assert unequal(ours, peer) is None
+    assert all(one.memory_mib > 100 and one.first_step_s > 0.5 for one in (ours, peer))
 
     (home / "broken").mkdir()
     broken = replace(task, weights=str(home / "missing.npz"), directory=str(home / "broken"))
-    with pytest.raises(Failed, match="No such file"):
-        run("hand_written", Path(sys.executable), broken, timeout_s=120)
+    with (
+        Trainer("hand_written", Path(sys.executable), broken) as trainer,
+        pytest.raises(Failed, match="No such file"),
+    ):
+        trainer.warm_up()
+
+
+@pytest.mark.slow
+def test_a_trainer_does_nothing_but_in_its_turn(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks.peers, "WORK", (*TINY, *benchmarks.peers.WORK[-5:]))
+    task = prepare(home, steps=1)
+    with Trainer(OURS, Path(sys.executable), replace(task, layout="ddp")) as trainer:
+        trainer.warm_up()
+        for _ in range(2):
+            time.sleep(0.2)  # rows may be on their way
+            before = len(steps_in(home))
+            time.sleep(1)
+            assert len(steps_in(home)) == before
+            trainer.turn()
+            assert len(steps_in(home)) >= before + 1 + TIMED
+        processes = family(trainer._process.pid)
+        assert len(processes) > 2
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes)

@@ -23,7 +23,7 @@ from pipeline.config import to_tree
 from pipeline.store import RunDirectory, home
 from pipeline.track import Tracker, flatten
 from tests.launchers.support import plan, tree_of, wait_until
-from tests.wandb_server import WandbServer
+from tests.wandb_server import API_KEY, SENT_KEY, WandbServer
 
 Read = pytest.CaptureFixture[str]
 ROWS = 30
@@ -211,6 +211,7 @@ def test_a_refused_run_is_reported_and_sent_by_the_next_command(
     assert call("s") == 1
     out = capsys.readouterr().out
     assert out.startswith("s: 1 failed, 1 sent\n") and words in out
+    assert SENT_KEY not in out and API_KEY not in out
     assert out.endswith("again: python -m launchers sync s\n")
     files = told(capsys, "s")
     assert sorted(one["state"] for one in files.values()) == ["sent", "unchanged"]
