@@ -172,7 +172,7 @@ def test_what_is_worse_twice_fails_and_says_how_to_accept(
     printed.write_text(told({"a": 1.3, "b": 1.0}, {"a": 1.2, "b": 1.5}))
     assert command(monkeypatch) == 1
     text = capfd.readouterr()
-    assert "fake, a: 1.200, worse than 1.000 by 20.0%; tolerance 10.0%" in text.out
+    assert "fake, a: 1.2, worse than 1 by 20.0%; tolerance 10.0%" in text.out
     assert "accept: python -m benchmarks.guard --only fake --update" in text.out
     assert "2 ratios, 1 worse" in text.out and text.err.count("its table") == 2
 

@@ -30,7 +30,7 @@ def main() -> int:
     began = time.monotonic()
     lab = Path(tempfile.mkdtemp(prefix="crescendo-faults-"))
     with open(lab / "prepare.log", "w") as log:
-        prepared = get_context("forkserver").Process(target=_prepare, args=(lab, log.name))
+        prepared = get_context("forkserver").Process(target=runs.prepare_all, args=(lab, log.name))
         prepared.start()
         prepared.join(600)
     if prepared.exitcode != 0:
@@ -53,14 +53,6 @@ def main() -> int:
     else:
         shutil.rmtree(lab)
     return 1 if bad or too_few else 0
-
-
-def _prepare(lab: Path, log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    runs.prepare(lab)
-    runs.prepare_two(lab)
 
 
 def _tell(tally: Tally, lab: Path) -> None:

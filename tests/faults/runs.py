@@ -73,6 +73,15 @@ def composed(lab: Path, *more: str) -> Config:
 # --- what faults start from
 
 
+def prepare_all(lab: Path, log: str) -> None:
+    """What faults are to befall. What is printed goes to `log`."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    prepare(lab)
+    prepare_two(lab)
+
+
 def prepare_two(lab: Path) -> None:
     home = lab / "two-home"
     home.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from tests.faults import families  # noqa: F401
 from tests.faults.campaign import BAD, FAMILIES, Family, Place, Verdict, campaign
 from tests.faults.runs import Ended, cut_run, finished, judged, prepare
+from tests.support import ROOT
 
 # The others start real processes or wait: tests/training/test_worker.py and tests/launchers have their like.
 SHARES = {
@@ -41,6 +43,14 @@ def test_no_fault_costs_data_or_hangs(name: str, lab: Path):
     assert tally.verdicts
     bad = {number: v for number, v in tally.verdicts.items() if v.outcome in BAD}
     assert not bad
+
+
+def test_the_command_counts_them():
+    command = [sys.executable, "-m", "tests.faults", "malformed config", "--share", "1/50", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (tally,) = json.loads(done.stdout)
+    assert tally["family"] == "malformed config" and len(tally["verdicts"]) == 4
 
 
 # --- the campaign itself: it must be able to end badly
