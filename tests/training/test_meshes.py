@@ -18,6 +18,8 @@ from tests.distributed import column, on_ranks, ranks_of, train_here
 from tests.meshes import MESHES
 from tests.support import config
 
+pytestmark = pytest.mark.slow
+
 TRAINED = ["single", "ddp2", "ddp4", "fsdp2", "fsdp4", "hsdp2x2", "tp2", "fsdp2 x tp2"]
 # 20 steps in which the norm test doubles the batch twice. Adam divides by the size of a gradient however
 # small, and so makes of rounding what it likes; with a larger eps it does not.
