@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
 CHECKPOINT_SCHEMA = 3  # raise it when what a checkpoint holds begins to mean something else
 SAVE_TIMEOUT = timedelta(minutes=30)
+_TAIL_BYTES = 4096
 LAST_MOMENT_S = 20.0  # for the outstanding checkpoint of a run that ends with an error
 
 # A single process without a process group is what we mean. Not within a block: a thread does the writing.
@@ -219,10 +220,13 @@ class Checkpointer:
         if self._record:
             # A checkpoint must not overtake the record: no later attempt would do those rows again.
             self._record.sync()
+        metadata = (done.partial / ".metadata").read_bytes()
+        entries = _entries(done.partial, metadata, torch.__version__)
         progress = {
             "schema": CHECKPOINT_SCHEMA,
             "torch": str(torch.__version__),
-            "metadata_crc32": zlib.crc32((done.partial / ".metadata").read_bytes()),
+            "metadata_crc32": zlib.crc32(metadata),
+            "tail_crc32": [_tail_crc32(done.partial, entry) for entry in entries.values()],
             "settings": self._settings,
             **dataclasses.asdict(done.progress),
         }
@@ -398,8 +402,10 @@ def damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
         for name, end in ends.items():
             if (size := (path / name).stat().st_size) < end:
                 return f"{name} has {size} of {end} bytes"
-        for index, entry in list(entries.items())[share::shares]:
-            if _is_corrupt(path / entry.relative_path, entry.offset, entry.length):
+        tails = progress.get("tail_crc32")  # not in what earlier versions wrote
+        for number, (index, entry) in list(enumerate(entries.items()))[share::shares]:
+            changed = tails is not None and tails[number : number + 1] != [_tail_crc32(path, entry)]
+            if changed or _is_corrupt(path / entry.relative_path, entry.offset, entry.length):
                 return f"{index.fqn} in {entry.relative_path} is not what was written"
     except _Damaged as error:
         return str(error)
@@ -467,6 +473,15 @@ def _entries(path: Path, metadata: bytes, version: str) -> dict[Any, Any]:
             f"({_in_one_line(error)}). Go on with that version, or delete {path.parent} to start from the "
             f"beginning"
         ) from error
+
+
+def _tail_crc32(path: Path, entry: Any) -> int:
+    """Of the end of a tensor's archive, where zip keeps the checksums of what is in it: cheap to read, and it
+    tells a file of this checkpoint from the same file of another."""
+    length = min(entry.length, _TAIL_BYTES)
+    with open(path / entry.relative_path, "rb") as file:
+        file.seek(entry.offset + entry.length - length)
+        return zlib.crc32(file.read(length))
 
 
 def _is_corrupt(path: Path, offset: int, length: int) -> bool:

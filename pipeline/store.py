@@ -324,13 +324,13 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Holds the run while the block runs. Raises AlreadyRunning, naming the holder.
+        """Holds the run while the block runs. Raises AlreadyRunning, naming the holder, and ConfigError where
+        nothing can be written.
 
         An flock: the kernel drops it when the holder dies, however it dies, so a dead holder's run is free
         at once and two takers cannot both win.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+        with self._lock_file() as file:
             deadline = time.monotonic() + _GLANCE_S
             while not try_lock(file, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
@@ -342,6 +342,16 @@ class RunDirectory:
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%F %T')}\n")
             file.flush()
             yield
+
+    def _lock_file(self) -> TextIO:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return open(self.path / "lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{self.path}: cannot be written to ({error.strerror}). Make it writable, or name another "
+                f"place with CRESCENDO_HOME"
+            ) from error
 
     def is_locked(self) -> bool:
         """Whether a live process holds the run right now."""

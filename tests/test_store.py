@@ -71,6 +71,17 @@ def test_asked_for_again_a_run_takes_over_how_it_is_launched_until_it_is_done(ho
     assert run.config().track.mode == "online"
 
 
+def test_a_run_that_cannot_be_written_to_is_named_with_the_remedy(small_disk: Path):
+    run = RunDirectory.of(config())
+    run.freeze(config())
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with (
+        pytest.raises(ConfigError, match=r"cannot be written to \(Read-only file system\).*CRESCENDO_HOME"),
+        run.lock(),
+    ):
+        pass
+
+
 def test_a_running_run_keeps_its_config_and_status(home: Path):
     run = RunDirectory.of(config())
     run.freeze(config())

@@ -58,10 +58,10 @@ def all_foreign(path: Path, draw: random.Random, others: list[Path]) -> None:
 
 
 def older(path: Path, draw: random.Random, others: list[Path]) -> None:
-    """A file of the checkpoint before."""
-    before = sorted(path.parent.glob("step-*"))[0]
+    """A file of another checkpoint of the run."""
+    other = next(other for other in sorted(path.parent.glob("step-*")) if other != path)
     file = draw.choice(sorted(path.iterdir()))
-    shutil.copyfile(before / file.name, file)
+    shutil.copyfile(other / file.name, file)
 
 
 def directory(path: Path, draw: random.Random, others: list[Path]) -> None:
@@ -73,7 +73,8 @@ def directory(path: Path, draw: random.Random, others: list[Path]) -> None:
 
 def stray(path: Path, draw: random.Random, others: list[Path]) -> None:
     """What is none of the run's lies beside it."""
-    shutil.copytree(path, path.with_name(draw.choice([f"{path.name}.copy", "partial-00000099", "step-x"])))
+    name = draw.choice([f"{path.name}.copy", "partial-00000099", "step-x"])
+    shutil.copytree(path, path.with_name(name), dirs_exist_ok=True)
     (path / "stray").write_bytes(draw.randbytes(100))
 
 

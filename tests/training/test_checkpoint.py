@@ -448,10 +448,19 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def of_before(path: Path, name: str) -> None:
+    shutil.copyfile(min(path.parent.glob("step-*")) / name, path / name)
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard missing": (lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "shard truncated": (lambda path: truncate(path / "__0_0.distcp"), r"__0_0.distcp has \d+ of \d+ bytes"),
     "bit flipped": (lambda path: flip(path / "__0_0.distcp", 0.5), r"in __0_0.distcp is not what was writ"),
+    "shard of another step": (
+        lambda path: of_before(path, "__0_0.distcp"),
+        r"in __0_0.distcp is not what was w",
+    ),
+    "progress of another step": (lambda path: of_before(path, "progress.json"), r"is not what was written"),
     "index missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
     "index changed": (lambda path: flip(path / ".metadata", 0.5), ".metadata is not what was written"),
     "progress torn": (lambda path: truncate(path / "progress.json"), "progress.json is unreadable"),
