@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,16 @@ _ADMITTED = {
 }
 
 
+def _member(enumeration: Any, name: str) -> Enum:
+    if not (isinstance(enumeration, type) and issubclass(enumeration, Enum)):
+        raise pickle.UnpicklingError(f"getattr of {enumeration!r} has no place in an index")
+    return enumeration[name]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11.2, Debian's, pickles an Enum's member
+            return _member
         if module == "pathlib._local":  # where Python 3.13, and no other, has it
             module = "pathlib"
         if (module, name) in _ADMITTED:

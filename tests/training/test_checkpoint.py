@@ -26,7 +26,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 import pipeline.record
 import pipeline.stopping
@@ -662,6 +668,34 @@ def test_an_index_that_this_torch_cannot_read_is_not_damage(pickled: bytes, home
         ):
             read()
     assert steps_saved(small.run) == [1, 2]
+
+
+def by_getattr(what: object, name: str) -> bytes:
+    """A pickle that asks for an attribute."""
+
+    class Asking:
+        def __reduce__(self) -> tuple[object, ...]:
+            return getattr, (what, name)
+
+    return pickle.dumps(Asking())
+
+
+def test_an_index_that_python_3_11_2_wrote_is_read(monkeypatch: pytest.MonkeyPatch):
+    """It names the members of enumerations by getattr, with which other pickles could reach any code."""
+    format = TensorProperties(torch.float32).memory_format
+    monkeypatch.setattr(
+        type(_MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT),
+        "__reduce_ex__",
+        lambda self, protocol: (getattr, (type(self), self.name)),
+    )
+    tensor = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size([2]), [])
+    written = pickle.dumps(Metadata({"w": tensor}, storage_data={}))
+    assert b"getattr" in written
+    found = index_of(written).state_dict_metadata["w"]
+    assert isinstance(found, TensorStorageMetadata) and found.properties.memory_format is format
+    for what in (Metadata, "text"):
+        with pytest.raises(pickle.UnpicklingError, match="has no place in an index"):
+            index_of(by_getattr(what, "__doc__"))
 
 
 def test_an_index_that_python_3_13_wrote_is_read():
