@@ -98,17 +98,19 @@ def test_too_short_a_corpus_is_refused_with_the_numbers() -> None:
 
 
 class SlowStream(Stream):
-    """Counts its reads, by thread; waits for `gate` in the background."""
+    """Counts its reads, by thread; waits for `gate` in the background, where `readers` are."""
 
     def __init__(self) -> None:
         super().__init__(corpus(1000), 8, seed=0)
         self.gate = threading.Event()
+        self.readers: set[threading.Thread] = set()
         self.background: list[tuple[int, int]] = []
         self.foreground: list[tuple[int, int]] = []
         self.error: Exception | None = None
 
     def read(self, first: int, count: int) -> np.ndarray:
         if threading.current_thread().name.startswith(PREFETCH):
+            self.readers.add(threading.current_thread())
             self.background.append((first, count))
             assert self.gate.wait(10)
             if self.error:
@@ -127,10 +129,6 @@ def slow():
     prefetcher.close()
 
 
-def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith(PREFETCH)]
-
-
 def test_a_requested_read_is_done_ahead_and_once(slow) -> None:
     stream, prefetcher = slow
     stream.gate.set()
@@ -141,7 +139,7 @@ def test_a_requested_read_is_done_ahead_and_once(slow) -> None:
     assert np.array_equal(prefetcher.take(0, 4), expected.read(0, 4))
     assert np.array_equal(prefetcher.take(4, 4), expected.read(4, 4))
     assert stream.background == [(0, 4), (4, 4)] and stream.foreground == []
-    assert len(prefetch_threads()) == 1
+    assert len(stream.readers) == 1
 
 
 def test_take_waits_for_the_read_it_asked_for(slow) -> None:
@@ -198,9 +196,10 @@ def test_close_ends_the_thread_and_what_is_queued(slow) -> None:
     stream, prefetcher = slow
     for first in range(8):
         prefetcher.request(first, 1)
-    assert prefetch_threads()
+    wait_for(lambda: stream.readers)
+    (reader,) = stream.readers
     threading.Timer(0.05, stream.gate.set).start()
     prefetcher.close()
-    assert not prefetch_threads()
-    assert len(stream.background) <= 1
+    assert not reader.is_alive()
+    assert stream.background == [(0, 1)]
     prefetcher.close()

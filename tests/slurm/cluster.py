@@ -199,7 +199,7 @@ class Cluster:
             "PreemptType=preempt/partition_prio",
             "PreemptMode=REQUEUE",
             "SchedulerParameters=bf_interval=2,sched_interval=2,sched_min_interval=0",
-            "KillWait=5",
+            "KillWait=30",  # SLURM's default, and a busy machine needs it
             "MinJobAge=600",  # how long history() knows a job that has ended
             "MailProg=/bin/true",
             "PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=5",
