@@ -20,6 +20,14 @@ from pipeline.parallel._ranks import Ranks
 from pipeline.store import RunDirectory
 from pipeline.train import train
 
+# By the process that ranks are forked from: 8 new interpreters would take a minute to import it. The last four
+# are what a run imports only when it comes to them, here in the first step.
+NEEDED = [
+    *("pipeline.train", "tests.distributed", "tests.support"),
+    *("torch._dynamo", "torch.distributed.checkpoint.state_dict"),
+    *("torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
+]
+
 
 def gloo_ranks(
     world_size: int, function: Callable[..., object], *arguments: object, timeout_s: float = 120
@@ -29,8 +37,7 @@ def gloo_ranks(
     A rank that raises fails the test with its own traceback; a rank that hangs is killed after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as directory:
-        # From a process that has imported all they need: 8 new interpreters would take a minute to do so.
-        multiprocessing.set_forkserver_preload(["pipeline.train", "tests.distributed", "tests.support"])
+        multiprocessing.set_forkserver_preload(NEEDED)
         context = torch.multiprocessing.start_processes(
             _rank,
             (world_size, directory, function, arguments, dict(os.environ)),

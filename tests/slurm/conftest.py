@@ -90,4 +90,4 @@ def train_here(
 @pytest.fixture(scope="session")
 def uninterrupted(train_here: Callable[..., RunDirectory]) -> RunDirectory:
     """The run of `LONG`."""
-    return train_here(LONG)
+    return train_here(*LONG)

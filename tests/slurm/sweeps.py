@@ -13,11 +13,15 @@ from pipeline.store import Row, RunDirectory
 from tests.slurm.cluster import Cluster
 
 SMALL = [
-    "model=tiny", "data.sequence_length=32", "data.micro_batch=2", "batch.size=8", "lr.warmup_tokens=1k",
+    "model=tiny", "data.sequence_length=32", "data.micro_batch=4", "batch.size=8", "lr.warmup_tokens=1k",
     "eval.sequences=8", "launch.device=cpu", "launch.cpus_per_task=1", "launch.minutes=10", "sweep.name=s",
 ]  # fmt: skip
 SHORT = "budget.tokens=8k"  # 32 steps, a second
-LONG = "budget.tokens=200k"  # 782 steps, long enough for something to happen to it
+LONG = (
+    "budget.tokens=77k",
+    "imbalance.compute_ms=50",
+)  # 301 steps, 15 s at least: for something to happen to it
+LONGER = (LONG[0], "imbalance.compute_ms=150")  # 45 s: for several commands, of seconds on a busy machine
 
 
 class Sweep:

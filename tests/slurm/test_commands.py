@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import LONG, SHORT, Sweep, states, steps
+from tests.slurm.sweeps import LONG, LONGER, SHORT, Sweep, states, steps
 
 
 def test_cancel_and_resume(cluster: Cluster, sweep: Sweep) -> None:
     """What waits ends at once, what runs with a checkpoint; resumed, each run does the rest."""
-    sweep.submit(LONG, "seed=0,1,2", "launch.max_parallel=1")
+    sweep.submit(*LONGER, "seed=0,1,2", "launch.max_parallel=1")
     (batch,) = sweep.batches()
     order = [run for (run,) in batch["runs"]]
     first = next(run for run in sweep.runs if run.id == order[0])
@@ -37,7 +37,7 @@ def test_cancel_and_resume(cluster: Cluster, sweep: Sweep) -> None:
 
 
 def test_cancel_now(cluster: Cluster, sweep: Sweep) -> None:
-    sweep.submit(LONG, "seed=0,1")
+    sweep.submit(*LONG, "seed=0,1")
     cluster.wait(lambda: "running" in sweep.states(), 60)
     sweep.launchers("cancel", "s", "--now", "--yes")
     assert sweep.states() == {"cancelled": 2}

@@ -13,12 +13,12 @@ from pipeline.store import RunDirectory
 from tests.slurm.cluster import Cluster
 from tests.slurm.sweeps import LONG, Sweep, final_loss, states, steps, training
 
-EARLY = "checkpoint.interval_tokens=20k"
+EARLY = "checkpoint.interval_tokens=5k"
 
 
 def begin(cluster: Cluster, sweep: Sweep, *overrides: str) -> tuple[RunDirectory, str]:
     """A run that has done some steps and saved a checkpoint, and its job."""
-    sweep.submit(LONG, EARLY, *overrides)
+    sweep.submit(*LONG, EARLY, *overrides)
     (run,) = sweep.runs
     (batch,) = sweep.batches()
     cluster.wait(lambda: len(run.complete_checkpoints()) > 0, 60)
@@ -99,7 +99,7 @@ def test_all_ranks_stop_together(
     cluster.run("scancel", "--signal=USR2", job)
     sweep.wait(cluster, 150)
     assert states([run]) == [("DONE", 2)]
-    assert_as_if_nothing_had_happened(run, train_here(LONG, "parallel=ddp"))
+    assert_as_if_nothing_had_happened(run, train_here(*LONG, "parallel=ddp"))
     for rank in range(2):
         assert "Traceback" not in (run.logs / f"attempt-1.rank-{rank}.log").read_text()
 
@@ -145,10 +145,10 @@ def test_time_limits(cluster: Cluster, sweep: Sweep, train_here: Callable[..., R
     SLURM looks at limits every 30 s, so that the warning comes 60 to 90 s after the start: never before a run
     on a busy machine has done its first step.
     """
-    longer = ["budget.tokens=320k", "checkpoint.interval_tokens=4k"]
+    longer = ["budget.tokens=64k", "checkpoint.interval_tokens=1k"]
     alone = train_here(*longer)
-    # 1,250 steps, which take 100 s at least, or 5 minutes each.
-    sweep.submit(*longer, "imbalance.compute_ms=80,300000", "launch.minutes=2", "launch.warning_s=30")
+    # 250 steps, which take 100 s at least, or 5 minutes each.
+    sweep.submit(*longer, "imbalance.compute_ms=400,300000", "launch.minutes=2", "launch.warning_s=30")
     sweep.wait(cluster, 400)
     run, stuck = sorted(sweep.runs, key=lambda run: run.config().imbalance.compute_ms)
     ((state, attempts),) = states([run])

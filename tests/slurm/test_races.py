@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.store import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import LONG, SHORT, Sweep, final_loss, states, steps, training
+from tests.slurm.sweeps import LONG, LONGER, SHORT, Sweep, final_loss, states, steps, training
 from tests.slurm.test_submission import wrapper
 
 
@@ -27,7 +27,7 @@ def warn(cluster: Cluster, run: RunDirectory, job: str) -> None:
 
 
 def test_a_run_cancelled_by_scancel_while_it_is_preempted_stays_so(cluster: Cluster, sweep: Sweep) -> None:
-    sweep.submit(LONG)
+    sweep.submit(*LONG)
     ((job,), (run,)) = sweep.batches()[0]["ids"], sweep.runs
     under_way(cluster, run)
     warn(cluster, run, job)
@@ -38,7 +38,7 @@ def test_a_run_cancelled_by_scancel_while_it_is_preempted_stays_so(cluster: Clus
 
 
 def test_a_run_cancelled_by_command_while_it_is_preempted_stays_so(cluster: Cluster, sweep: Sweep) -> None:
-    sweep.submit(LONG)
+    sweep.submit(*LONG)
     ((job,), (run,)) = sweep.batches()[0]["ids"], sweep.runs
     under_way(cluster, run)
     warn(cluster, run, job)
@@ -106,7 +106,7 @@ def test_packed_runs_are_preempted_together_and_cancelled_apart(
     cluster: Cluster, sweep: Sweep, train_here: Callable[..., RunDirectory]
 ) -> None:
     """Of three in one job one is cancelled, one fails; the third goes on when the job comes back."""
-    sweep.submit(LONG, "seed=0,1", "launch.pack=3", "optim.lr=3e-3,1e30", "optim.clip=null", "sweep.exclude=['seed=1 optim.lr=1e30']")  # fmt: skip
+    sweep.submit(*LONGER, "seed=0,1", "launch.pack=3", "optim.lr=3e-3,1e30", "optim.clip=null", "sweep.exclude=['seed=1 optim.lr=1e30']")  # fmt: skip
     (batch,) = sweep.batches()
     (job,) = batch["ids"]
     runs = {(run.config().seed, run.config().optim.lr > 1): run for run in sweep.runs}
@@ -120,7 +120,7 @@ def test_packed_runs_are_preempted_together_and_cancelled_apart(
     cluster.run("scancel", "--signal=USR2", job)
     sweep.wait(cluster, 150)
     assert states([kept, cancelled, failed]) == [("DONE", 2), ("CANCELLED", 1), ("FAILED", 1)]
-    alone = train_here(LONG, "optim.clip=null")
+    alone = train_here(*LONGER, "optim.clip=null")
     assert (training(kept), final_loss(kept)) == (training(alone), final_loss(alone))
 
 
@@ -140,7 +140,7 @@ def test_one_of_packed_runs_that_wait_is_cancelled_alone(cluster: Cluster, sweep
 
 
 def test_a_dead_task_does_not_hold_a_packed_job(cluster: Cluster, sweep: Sweep) -> None:
-    sweep.submit(LONG, "seed=0,1", "launch.pack=2")
+    sweep.submit(*LONG, "seed=0,1", "launch.pack=2")
     for run in sweep.runs:
         under_way(cluster, run)
     tasks = [p for p in Path("/proc").glob("[0-9]*") if _is_task(p, "1", sweep.home)]

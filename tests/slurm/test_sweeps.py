@@ -95,7 +95,7 @@ def test_a_run_that_fails_harms_no_other(cluster: Cluster, sweep: Sweep) -> None
 
 
 def test_one_point_cancelled_by_scancel(cluster: Cluster, sweep: Sweep) -> None:
-    sweep.submit(LONG, "seed=0,1")
+    sweep.submit(*LONG, "seed=0,1")
     (batch,) = sweep.batches()
     run = next(run for run in sweep.runs if run.id == batch["runs"][0][0])
     cluster.wait(lambda: steps(run) > 5, 60)

@@ -187,7 +187,7 @@ def test_a_rank_that_dies_ends_the_run_everywhere(victim: str, home: Path, small
     """Rank 0 has the store that the communication threads listen to. The same command finishes the run, from a
     checkpoint in the middle of a period."""
     composed = config(
-        *(*TINY, *small_corpus, "sync=wagma", "sync.period=16", "budget.tokens=200k"),
+        *(*TINY, *small_corpus, "sync=wagma", "sync.period=16", "budget.tokens=100k"),
         f"checkpoint.interval_tokens={13 * STEP_TOKENS}",
     )
     run = frozen(composed)
@@ -315,9 +315,8 @@ def test_delays_are_those_of_the_seed():
 @pytest.mark.slow
 def test_variable_length_trains_on_a_part_of_each_sequence(home: Path, small_corpus: list[str]):
     overrides = ["imbalance=variable_length", "imbalance.min_share=0.25"]
-    lengths = [
-        Imbalance(config(*TINY, *overrides).imbalance, 3, 4).length(step, 32, 0) for step in range(500)
-    ]
+    settings = config(*TINY, *overrides).imbalance
+    lengths = [Imbalance(settings, 3, 4).length(step, 32, 0) for step in range(500)]
     assert min(lengths) == 8 and max(lengths) == 32 and np.mean(lengths) == pytest.approx(20, abs=1)
     run = train_here(config(*TINY, *small_corpus, *overrides, "sync=local_sgd"))
     assert column(run, "tokens")[-1] == 20480
