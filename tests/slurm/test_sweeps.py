@@ -52,7 +52,8 @@ def test_two_nodes_of_two_tasks(
     cluster: Cluster, sweep: Sweep, parallel: str, train_here: Callable[..., RunDirectory]
 ) -> None:
     axis = {"ddp": "replicate", "fsdp": "shard"}[parallel]
-    mesh = [SHORT, f"parallel={parallel}", f"parallel.{axis}=4", "batch=norm_test", "batch.max_size=32"]
+    mesh = [f"parallel={parallel}", f"parallel.{axis}=4", "data.micro_batch=2"]
+    mesh += [SHORT, "batch=norm_test", "batch.max_size=32"]
     sweep.submit(*mesh, "launch.gpus_per_node=2")
     sweep.wait(cluster)
     (run,) = sweep.runs
