@@ -13,7 +13,7 @@ import pytest
 
 from tests.disk import fill, mounted
 from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import SHORT, SMALL, Sweep, states
+from tests.slurm.sweeps import LONG, SHORT, SMALL, Sweep, states
 
 
 def wrapper(directory: Path, program: str, script: str) -> str:
@@ -139,7 +139,7 @@ def test_without_a_cluster(sweep: Sweep, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_run_directory_deleted_under_its_job(cluster: Cluster, sweep: Sweep) -> None:
-    sweep.submit("budget.tokens=400k", "seed=0,1")
+    sweep.submit(*LONG, "seed=0,1")
     (batch,) = sweep.batches()
     victim = next(run for run in sweep.runs if run.id == batch["runs"][0][0])
     cluster.wait(lambda: victim.last_row() is not None, 60)
@@ -149,6 +149,6 @@ def test_a_run_directory_deleted_under_its_job(cluster: Cluster, sweep: Sweep) -
     assert "deleted under the run" in sweep.logs()
     assert sweep.states() == {"new": 1, "done": 1}
     assert "the sweep's command begins it again" in sweep.launchers("status", "s")
-    sweep.submit("budget.tokens=400k", "seed=0,1")
+    sweep.submit(*LONG, "seed=0,1")
     sweep.wait(cluster)
     assert states(sweep.runs) == [("DONE", 1)] * 2
