@@ -4,20 +4,20 @@ the runs. Exit code 1 when data were lost or something hung, or when all were as
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
+from benchmarks.printing import print_json
 from tests.faults import families, runs  # noqa: F401
 from tests.faults.campaign import BAD, FAMILIES, OUTCOMES, Tally, campaign
 
 AT_LEAST = 500
+COUNTED = ["injected", *OUTCOMES]
 
 
 def main() -> int:
@@ -39,15 +39,16 @@ def main() -> int:
     tallies = campaign(
         chosen, lab, options.seed, (part, parts), options.jobs, lambda tally: _tell(tally, lab)
     )
-    injected = sum(tally.injected for tally in tallies)
-    bad = sum(tally.count(outcome) for tally in tallies for outcome in BAD)
+    counts = {tally.family: _counts(tally) for tally in tallies}
+    counts["all"] = {name: sum(count[name] for count in counts.values()) for name in COUNTED}
+    injected, bad = counts["all"]["injected"], sum(counts["all"][outcome] for outcome in BAD)
     too_few = not options.family and parts == 1 and injected < AT_LEAST
     if options.json:
-        print(json.dumps([asdict(tally) for tally in tallies], indent=1))
+        print_json(counts, seed=options.seed, share=options.share, seconds=round(time.monotonic() - began))
     else:
-        print(_table(tallies, time.monotonic() - began))
-        if too_few:
-            print(f"{injected} are fewer than {AT_LEAST}")
+        print(_table(counts, time.monotonic() - began))
+    if too_few:
+        print(f"{injected} are fewer than {AT_LEAST}", file=sys.stderr)
     if bad:
         print(f"what they left: {lab}/faults", file=sys.stderr)
     else:
@@ -64,11 +65,13 @@ def _tell(tally: Tally, lab: Path) -> None:
             print(f"  {number}: {verdict.outcome}: {verdict.why}", file=sys.stderr, flush=True)
 
 
-def _table(tallies: list[Tally], seconds: float) -> str:
-    head = ["family", "injected", *OUTCOMES]
-    rows = [[t.family, t.injected, *map(t.count, OUTCOMES)] for t in tallies]
-    rows.append(["all", *(sum(int(row[i]) for row in rows) for i in range(1, len(head)))])
-    lines = [f"{row[0]:24}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in [head, *rows]]
+def _counts(tally: Tally) -> dict[str, int]:
+    return {"injected": tally.injected} | {outcome: tally.count(outcome) for outcome in OUTCOMES}
+
+
+def _table(counts: dict[str, dict[str, int]], seconds: float) -> str:
+    rows = [["family", *COUNTED], *([family, *count.values()] for family, count in counts.items())]
+    lines = [f"{row[0]:24}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows]
     return "\n".join([*lines, f"in {seconds:.0f} s"])
 
 

@@ -92,6 +92,10 @@ def family(
     return register
 
 
+# By the process that faults are forked from: these take seconds, and most runs that a fault befalls save something.
+PRELOADED = ["tests.faults.families", "torch._dynamo", "torch.distributed.checkpoint.state_dict"]
+
+
 @dataclass
 class Tally:
     """Of one family."""
@@ -118,7 +122,7 @@ def campaign(
 ) -> list[Tally]:
     """Injects the faults of these families, `jobs` at a time; `tell` hears of each family that is through."""
     tallies = []
-    multiprocessing.set_forkserver_preload(["tests.faults.families"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with ThreadPoolExecutor(jobs) as busy, ThreadPoolExecutor(_SLEEPERS) as sleepers:
         begun: list[tuple[Family, dict[int, Future[tuple[Verdict, float]]]]] = []
         for each in sorted(families, key=lambda each: not each.sleeps):

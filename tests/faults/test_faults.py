@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import families  # noqa: F401
-from tests.faults.campaign import BAD, FAMILIES, Family, Place, Verdict, campaign
+from tests.faults.campaign import BAD, FAMILIES, PRELOADED, Family, Place, Verdict, campaign
 from tests.faults.runs import Ended, cut_run, finished, judged, prepare
 from tests.support import ROOT
 
@@ -29,7 +29,7 @@ SHARES = {
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("faults") / "lab"
-    multiprocessing.set_forkserver_preload(["tests.faults.families"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     made = multiprocessing.get_context("forkserver").Process(target=prepare, args=(place,))
     made.start()
     made.join(240)
@@ -49,8 +49,9 @@ def test_the_command_counts_them():
     command = [sys.executable, "-m", "tests.faults", "malformed config", "--share", "1/50", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (tally,) = json.loads(done.stdout)
-    assert tally["family"] == "malformed config" and len(tally["verdicts"]) == 4
+    told = json.loads(done.stdout)
+    assert told["figures"]["malformed config"]["injected"] == told["figures"]["all"]["injected"] == 4
+    assert told["figures"]["all"]["lost data"] == told["figures"]["all"]["hung"] == 0
 
 
 # --- the campaign itself: it must be able to end badly
