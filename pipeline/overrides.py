@@ -38,6 +38,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 _SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'")
 _NO_SUCH_KEY = re.compile(r"Could not (?:override|delete|delete from config\.) '([^'=]+)")
 _GIVEN_ALREADY = re.compile(r"Could not append to config\. An item is already at '(.*?)'")
+_VALUE_FOR_A_GROUP = re.compile("Config group override (deletion value )?must be a string")
 _GIVEN_TWICE = re.compile(r"Multiple values for ([^\s.]+)\. To override a value use 'override \S+: (.*)'")
 
 
@@ -82,7 +83,7 @@ def explain(error: Exception, arguments: Sequence[str]) -> tuple[str, ...] | Non
             return (_rejected(text),)
         case OmegaConfBaseException():  # an interpolation that leads nowhere
             return (f"{error.full_key}: {text.splitlines()[0]}",)
-        case ValueError() if text.startswith("Config group override must be a string"):
+        case ValueError() if _VALUE_FOR_A_GROUP.match(text):
             return tuple(_value_for_a_group(arguments)) or (text,)
         case yaml.MarkedYAMLError() if error.problem_mark:
             mark = error.problem_mark
@@ -141,7 +142,7 @@ def _value_for_a_group(arguments: Sequence[str]) -> list[str]:
         f"{argument}: {key} is a group of settings, its options are {', '.join(options_of(key))}; "
         f"one setting of it is {key}.<name>=…"
         for argument in arguments
-        for key, _, value in [argument.lstrip("+").partition("=")]
+        for key, _, value in [argument.lstrip("+~").partition("=")]
         if key in groups and value not in options_of(key)
     ]
 

@@ -96,10 +96,13 @@ def unknown_key(key: str) -> str:
     if key.partition(".")[0] == "experiment":
         return "experiment: its file in conf/experiment/ must begin with the line `# @package _global_`"
     group, _, name = key.partition(".")
-    for form in forms_of(hints_of(Config).get(group)):
-        if name in hints_of(form):  # not of the one that was chosen
+    forms = forms_of(hints_of(Config).get(group))
+    for form in forms:
+        if name in hints_of(form) and len(forms) > 1:  # not of the one that was chosen
             kinds = "|".join(get_args(hints_of(form)["kind"]))
             return f"{key}: only a {group} of {group}.kind={kinds} has it"
+        if name in hints_of(form):  # which Hydra does not find to delete
+            return f"{key}: is null; there is nothing to delete"
     return f"{key}: no such setting." + did_you_mean(key, known_keys())
 
 
