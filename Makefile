@@ -46,7 +46,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev   # half an hour on two cores, which nothing else should use
 	$(BIN)/python -m benchmarks.guard
 
-faults: $(VENV)/.dev      # kills, full disks, damaged files and the like; about an hour
+faults: $(VENV)/.dev      # kills, full disks, damaged files and the like; forty minutes on two cores
 	$(BIN)/python -m tests.faults
 
 clean:
