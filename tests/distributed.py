@@ -22,7 +22,7 @@ from pipeline.train import train
 
 # By the process that ranks are forked from: 8 new interpreters would take a minute to import it. The last four
 # are what a run imports only when it comes to them, here in the first step.
-NEEDED = [
+PRELOADED = [
     *("pipeline.train", "tests.distributed", "tests.support"),
     *("torch._dynamo", "torch.distributed.checkpoint.state_dict"),
     *("torch.distributed.fsdp", "torch.distributed.tensor.parallel"),
@@ -37,7 +37,7 @@ def gloo_ranks(
     A rank that raises fails the test with its own traceback; a rank that hangs is killed after `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.set_forkserver_preload(NEEDED)
+        multiprocessing.set_forkserver_preload(PRELOADED)
         context = torch.multiprocessing.start_processes(
             _rank,
             (world_size, directory, function, arguments, dict(os.environ)),

@@ -43,10 +43,11 @@ def main() -> int:
     counts["all"] = {name: sum(count[name] for count in counts.values()) for name in COUNTED}
     injected, bad = counts["all"]["injected"], sum(counts["all"][outcome] for outcome in BAD)
     too_few = not options.family and parts == 1 and injected < AT_LEAST
+    seconds = round(time.monotonic() - began)
     if options.json:
-        print_json(counts, seed=options.seed, share=options.share, seconds=round(time.monotonic() - began))
+        print_json(counts, seed=options.seed, share=options.share, seconds=seconds)
     else:
-        print(_table(counts, time.monotonic() - began))
+        print(_table(counts, seconds))
     if too_few:
         print(f"{injected} are fewer than {AT_LEAST}", file=sys.stderr)
     if bad:
@@ -69,10 +70,10 @@ def _counts(tally: Tally) -> dict[str, int]:
     return {"injected": tally.injected} | {outcome: tally.count(outcome) for outcome in OUTCOMES}
 
 
-def _table(counts: dict[str, dict[str, int]], seconds: float) -> str:
+def _table(counts: dict[str, dict[str, int]], seconds: int) -> str:
     rows = [["family", *COUNTED], *([family, *count.values()] for family, count in counts.items())]
     lines = [f"{row[0]:24}" + "".join(f"{cell:>16}" for cell in row[1:]) for row in rows]
-    return "\n".join([*lines, f"in {seconds:.0f} s"])
+    return "\n".join([*lines, f"in {seconds} s"])
 
 
 def _parser() -> argparse.ArgumentParser:

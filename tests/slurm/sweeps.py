@@ -17,11 +17,10 @@ SMALL = [
     "eval.sequences=8", "launch.device=cpu", "launch.cpus_per_task=1", "launch.minutes=10", "sweep.name=s",
 ]  # fmt: skip
 SHORT = "budget.tokens=8k"  # 32 steps, a second
-LONG = (
-    "budget.tokens=77k",
-    "imbalance.compute_ms=50",
-)  # 301 steps, 15 s at least: for something to happen to it
-LONGER = (LONG[0], "imbalance.compute_ms=150")  # 45 s: for several commands, of seconds on a busy machine
+# 301 steps that mostly wait, 15 s at least: for something to happen to it
+LONG = ("budget.tokens=77k", "imbalance.compute_ms=50")
+# 45 s at least: for several commands, of seconds on a busy machine
+LONGER = (LONG[0], "imbalance.compute_ms=150")
 
 
 class Sweep:

@@ -53,8 +53,8 @@ def test_two_nodes_of_two_tasks(
 ) -> None:
     axis = {"ddp": "replicate", "fsdp": "shard"}[parallel]
     mesh = [f"parallel={parallel}", f"parallel.{axis}=4", "data.micro_batch=2"]
-    mesh += [SHORT, "batch=norm_test", "batch.max_size=32"]
-    sweep.submit(*mesh, "launch.gpus_per_node=2")
+    asked = [SHORT, *mesh, "batch=norm_test", "batch.max_size=32"]
+    sweep.submit(*asked, "launch.gpus_per_node=2")
     sweep.wait(cluster)
     (run,) = sweep.runs
     environment = json.loads((run.logs / "attempt-1.environment.json").read_text())
@@ -63,7 +63,7 @@ def test_two_nodes_of_two_tasks(
         f"attempt-1.rank-{r}.log" for r in range(4)
     ]
 
-    alone = train_here(*mesh)
+    alone = train_here(*asked)
     assert run.id == alone.id and [s[:2] for s in training(run)] == [s[:2] for s in training(alone)]
     assert final_loss(run) == pytest.approx(final_loss(alone), rel=1e-5)
 
