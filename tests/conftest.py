@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from pipeline.batch import _own
 from tests.disk import mounted
 from tests.wandb_server import WandbServer
 
@@ -42,6 +43,16 @@ def small_disk(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with mounted(home / "disk", "16m") as disk:
         monkeypatch.setenv("CRESCENDO_HOME", str(disk))
         yield disk
+
+
+@pytest.fixture
+def own_schedules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a user's own schedules, empty; what the test loads of it is unknown to the next one."""
+    directory = tmp_path / "schedules"
+    directory.mkdir()
+    monkeypatch.setenv(_own.VARIABLE, str(directory))
+    monkeypatch.setattr(_own, "_files", {})
+    return directory
 
 
 @pytest.fixture

@@ -51,14 +51,11 @@ Write = Callable[..., Path]
 
 
 @pytest.fixture
-def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+def write(own_schedules: Path) -> Write:
     """Puts a file into the directory of own schedules."""
-    directory = tmp_path / "schedules"
-    directory.mkdir()
-    monkeypatch.setenv("CRESCENDO_SCHEDULES", str(directory))
 
     def write(text: str, name: str = "power") -> Path:
-        file = directory / f"{name}.py"
+        file = own_schedules / f"{name}.py"
         file.write_text(text, encoding="utf-8")
         return file
 

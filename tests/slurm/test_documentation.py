@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from pipeline.store import RunDirectory
 from tests.batch.test_own import POWER
 from tests.docs.pages import run, shell
@@ -22,20 +20,17 @@ def test_every_command_of_the_page_works(cluster: Cluster, tmp_path: Path) -> No
 
 
 def test_a_schedule_of_ones_own_goes_with_the_job(
-    cluster: Cluster, sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: Cluster, sweep: Sweep, own_schedules: Path
 ) -> None:
     """As it was at the submission, whatever becomes of the file and of the directory."""
-    directory = tmp_path / "schedules"
-    directory.mkdir()
-    file = directory / "power.py"
+    file = own_schedules / "power.py"
     file.write_text(POWER)
-    monkeypatch.setenv("CRESCENDO_SCHEDULES", str(directory))
     with cluster.out_of_service():  # the job waits
         sweep.submit(SHORT, "batch=power", "batch.max_size=32", "batch.own.power=2")
         (run,) = sweep.runs
         planned = run.config().batch_plan().sizes
         file.unlink()
-        directory.rmdir()
+        own_schedules.rmdir()
     sweep.wait(cluster)
     assert states([run]) == [("DONE", 1)]
     assert [size for _, size, _ in training(run)] == planned
