@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from hypothesis import settings
 from pipeline.batch import _own
 from tests.disk import mounted
 from tests.wandb_server import WandbServer
+
+# Models as small as these only lose by more threads, and other tests run beside. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes says more about the machine than about the code.
 settings.register_profile("crescendo", deadline=None)

@@ -73,7 +73,6 @@ def _rank(
     os.dup2(output, 2)
     os.environ.clear()  # that of the test, not of its first predecessor
     os.environ.update(environment)
-    torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     store = f"file://{directory}/store"
     device = device_of(rank, world_size)
@@ -117,12 +116,7 @@ def train_here(config: Config, attempt: int = 1) -> RunDirectory:
     run = RunDirectory.of(config)
     run.freeze(config)
     if not strategy_class(config.parallel.strategy).axes:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            train_rank(0, config, str(run.path), attempt)
-        finally:
-            torch.set_num_threads(threads)
+        train_rank(0, config, str(run.path), attempt)
     else:
         gloo_ranks(config.parallel.world_size, train_rank, config, str(run.path), attempt)
     return run

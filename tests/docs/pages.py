@@ -65,7 +65,6 @@ def run(script: str, directory: Path, timeout_s: float, **environment: str) -> s
             "CRESCENDO_HOME": str(directory),
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "OMP_NUM_THREADS": "1",  # more would wait for each other on a machine that does other things besides
             **environment,
         },
         stdin=subprocess.DEVNULL,

@@ -35,7 +35,7 @@ def said(*command: str, home: Path, **variables: str) -> str:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     done = subprocess.run(
         [sys.executable, "-m", *command],
-        env=clean | {"CRESCENDO_HOME": str(home), "OMP_NUM_THREADS": "1"} | variables,
+        env=clean | {"CRESCENDO_HOME": str(home)} | variables,
         capture_output=True,
         text=True,
         timeout=240,

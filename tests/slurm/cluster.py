@@ -122,7 +122,7 @@ class Cluster:
         while not condition():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"it did not happen within {timeout_s:.0f} s\n{self._logs()}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     # What tests do to it
 

@@ -13,14 +13,15 @@ from pipeline.store import Row, RunDirectory
 from tests.slurm.cluster import Cluster
 
 SMALL = [
-    "model=tiny", "data.sequence_length=32", "data.micro_batch=4", "batch.size=8", "lr.warmup_tokens=1k",
-    "eval.sequences=8", "launch.device=cpu", "launch.cpus_per_task=1", "launch.minutes=10", "sweep.name=s",
+    "model=tiny", "model.layers=1", "data.sequence_length=32", "data.micro_batch=4", "batch.size=8",
+    "lr.warmup_tokens=1k", "eval.sequences=8", "launch.device=cpu", "launch.cpus_per_task=1", "launch.minutes=10", "sweep.name=s",
 ]  # fmt: skip
 SHORT = "budget.tokens=8k"  # 32 steps, a second
-# 301 steps that mostly wait, 15 s at least: for something to happen to it
-LONG = ("budget.tokens=77k", "imbalance.compute_ms=50")
+WORK = "budget.tokens=26k"  # 102 steps
+# The same with waits, 15 s at least: for something to happen to it
+LONG = (WORK, "imbalance.compute_ms=150")
 # 45 s at least: for several commands, of seconds on a busy machine
-LONGER = (LONG[0], "imbalance.compute_ms=150")
+LONGER = (WORK, "imbalance.compute_ms=450")
 
 
 class Sweep:
@@ -92,10 +93,15 @@ class Sweep:
         files = [*self.home.glob("sweeps/*/slurm/*/*.out"), *self.home.glob("runs/*/logs/*.log")]
         return "\n".join(f"--- {file}\n{file.read_text()}" for file in files)
 
-    def wait(self, cluster: Cluster, timeout_s: float = 240) -> None:
-        """Until no job is left."""
+    def wait(self, cluster: Cluster, timeout_s: float = 240, *, reports: bool = False) -> None:
+        """Until no job is left, but for those of reports unless these are asked for too."""
+
+        def left() -> set[str]:
+            awaited = [] if reports else map(manifest.report_jobs, manifest.names())
+            return set(cluster.queue()).difference(*awaited)
+
         try:
-            cluster.wait(lambda: not cluster.queue(), timeout_s)
+            cluster.wait(lambda: not left(), timeout_s)
         except Exception as error:
             raise AssertionError(f"{cluster.queue()}\n{self.logs()}") from error
 

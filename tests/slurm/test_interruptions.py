@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.store import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import LONG, Sweep, final_loss, states, steps, training
+from tests.slurm.sweeps import LONG, WORK, Sweep, final_loss, states, steps, training
 
 EARLY = "checkpoint.interval_tokens=5k"
 
@@ -99,7 +99,7 @@ def test_all_ranks_stop_together(
     cluster.run("scancel", "--signal=USR2", job)
     sweep.wait(cluster, 150)
     assert states([run]) == [("DONE", 2)]
-    assert_as_if_nothing_had_happened(run, train_here(*LONG, "parallel=ddp"))
+    assert_as_if_nothing_had_happened(run, train_here(WORK, "parallel=ddp"))
     for rank in range(2):
         assert "Traceback" not in (run.logs / f"attempt-1.rank-{rank}.log").read_text()
 

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.store import RunDirectory
 from tests.slurm.cluster import Cluster
-from tests.slurm.sweeps import LONG, LONGER, SHORT, Sweep, final_loss, states, steps, training
+from tests.slurm.sweeps import LONG, LONGER, SHORT, WORK, Sweep, final_loss, states, steps, training
 from tests.slurm.test_submission import wrapper
 
 
@@ -120,7 +120,7 @@ def test_packed_runs_are_preempted_together_and_cancelled_apart(
     cluster.run("scancel", "--signal=USR2", job)
     sweep.wait(cluster, 150)
     assert states([kept, cancelled, failed]) == [("DONE", 2), ("CANCELLED", 1), ("FAILED", 1)]
-    alone = train_here(*LONGER, "optim.clip=null")
+    alone = train_here(WORK, "optim.clip=null")
     assert (training(kept), final_loss(kept)) == (training(alone), final_loss(alone))
 
 

@@ -43,7 +43,7 @@ def test_killed_on_the_way(
     assert ("held" in sweep.launchers("status", "s")) == (program == "scontrol")  # else no run knows its job
     told = sweep.submit(SHORT, "seed=0,1,2")
     assert "interrupted" in told
-    sweep.wait(cluster)
+    sweep.wait(cluster, reports=True)
     assert states(sweep.runs) == [("DONE", 1)] * 3
     assert (sweep.home / "reports/s/report.html").exists()
     assert all(job["released"] for job in sweep.jobs)

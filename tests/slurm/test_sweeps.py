@@ -32,7 +32,7 @@ def test_six_points_of_two_shapes(cluster: Cluster, sweep: Sweep) -> None:
 
     again = sweep.submit(SHORT, *shapes)  # while they wait or run
     assert "submitted" not in again and len(sweep.jobs) == 3
-    sweep.wait(cluster)
+    sweep.wait(cluster, reports=True)
     assert states(sweep.runs) == [("DONE", 1)] * 6
     jobs = [id_ for batch in (one, two) for id_ in batch["ids"]]
     assert {cluster.history()[job] for job in (*jobs, sweep.report_job())} == {"COMPLETED"}
@@ -80,7 +80,7 @@ def test_replicas_on_two_nodes(cluster: Cluster, sweep: Sweep) -> None:
 
 def test_a_run_that_fails_harms_no_other(cluster: Cluster, sweep: Sweep) -> None:
     sweep.submit(SHORT, "optim.lr=3e-3,1e30", "optim.clip=null", "parallel=ddp")
-    sweep.wait(cluster)
+    sweep.wait(cluster, reports=True)
     (batch,) = sweep.batches()
     failed = next(run for run in sweep.runs if run.config().optim.lr > 1)
     jobs = {run: job for (run,), job in zip(batch["runs"], batch["ids"], strict=True)}

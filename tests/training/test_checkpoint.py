@@ -854,7 +854,6 @@ def test_without_room_for_the_last_checkpoint_the_run_fails_and_goes_on_later(
 
 def train_and_hang_while_saving(composed: Config, path: str) -> None:
     """Hangs in the second checkpoint, its bytes half written."""
-    torch.set_num_threads(1)
     run, original = RunDirectory(path), FileSystemWriter.write_data
 
     def write(*arguments: object) -> object:

@@ -20,7 +20,7 @@ SHORT = ["lr.warmup_tokens=2k", "batch.start_tokens=0", "batch.interval=1"]
 def test_every_row_trains(name: str, home: Path, small_corpus: list[str]):
     experiment = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
     labelled = isinstance(config(f"experiment={name}").model, ClassifierConfig)
-    text = [*small_corpus, *SHORT, "budget.tokens=40k"]
+    text = [*small_corpus, *SHORT, "budget.tokens=40k", "model.layers=1"]
     samples = ["lr.warmup_tokens=0", "budget.tokens=800", "track.exact_gradient=false"]
     for row in experiment["hydra"]["sweeper"]["rows"]:
         composed = config(

@@ -29,7 +29,7 @@ def python(code: str, *arguments: str, timeout_s: float = 240, **environment: st
     """What a new process prints."""
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True, text=True, timeout=timeout_s,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
