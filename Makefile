@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m analysis demo --baseline batch=constant_16
 
 test: $(VENV)/.dev browser slurm
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 browser:     # for the tests that open the report
 	@command -v chromium >/dev/null \

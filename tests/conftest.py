@@ -21,8 +21,10 @@ settings.register_profile("crescendo", deadline=None)
 settings.load_profile("crescendo")
 
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start.
+# A shell that starts the tests in the background has them ignore Ctrl-C, nohup the end of the session; so would
+# what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ SMALL = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*_smal
 SHORT = ["lr.warmup_tokens=2k", "batch.start_tokens=0", "batch.interval=1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_row_trains(name: str, home: Path, small_corpus: list[str]):
     experiment = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())

@@ -19,6 +19,7 @@ from pipeline.store import RunDirectory, read_rows
 from tests.distributed import column, train_here
 from tests.support import config
 
+pytestmark = pytest.mark.slow
 TINY = [
     "data.sequence_length=64",
     "batch.size=16",
