@@ -40,7 +40,7 @@ from pipeline.config import ConfigError
 from pipeline.optim._batch_scaling import Noise
 from pipeline.parallel._ranks import Ranks
 from pipeline.store import MetricsWriter, RunDirectory, report, sync_directory, write_atomically
-from pipeline.sync import Method
+from pipeline.sync._interface import Method
 
 # torch.distributed.checkpoint is imported by what saves and loads: it takes a second, which the first step of
 # a new run need not wait for.
@@ -369,9 +369,9 @@ class Checkpointer:
         if self._group is not None:
             seen = [None] * self._ranks.world_size
             dist.all_gather_object(seen, mine, group=self._group)
-        for error in seen:
-            if isinstance(error, Exception):
-                raise error
+        for found in seen:
+            if isinstance(found, Exception):
+                raise found
         return seen
 
 
@@ -440,7 +440,7 @@ def _newest_whole(run: RunDirectory) -> Path:
 def read_progress(path: Path) -> dict[str, Any]:
     """Raises _Damaged, and ConfigError for another schema."""
     try:
-        tree = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        tree: dict[str, Any] = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         written = tree.pop("crc32", None)
     except (ValueError, TypeError, AttributeError) as error:
         raise _Damaged(f"progress.json is unreadable ({_in_one_line(error)})") from error
@@ -498,6 +498,7 @@ def _is_corrupt(path: Path, offset: int, length: int) -> bool:
 def _load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Those whose names in the checkpoint begin so, by the rest of their names."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from pipeline.plain_reader import Planner, Reader
 
@@ -505,7 +506,7 @@ def _load_tensors(path: Path, prefix: str) -> dict[str, torch.Tensor]:
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in metadata.items()
-        if name.startswith(prefix)
+        if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(found, storage_reader=Reader(path), planner=Planner(), no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}

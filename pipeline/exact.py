@@ -114,7 +114,8 @@ class Exact:
 
     def _variance(self, mean: Tensor) -> float:
         def loss(weights: dict[str, Tensor], inputs: Tensor, target: Tensor) -> Tensor:
-            return functional_call(self._loss, weights, (inputs[None], target[None]))
+            found: Tensor = functional_call(self._loss, weights, (inputs[None], target[None]))
+            return found
 
         weights = {name: weight.detach() for name, weight in self._weights.items()}
         each = vmap(grad(loss), (None, 0, 0))

@@ -30,7 +30,7 @@ class Imbalance:
         if self.config.kind != "variable_length":
             return sequence_length
         parts = self._random(step).uniform(self.config.min_share, 1, self.ranks)
-        return max(1, round(parts[share] * sequence_length))
+        return max(1, round(float(parts[share]) * sequence_length))
 
     def seconds(self, step: int, shares: int = 1) -> float:
         """How long this rank sleeps in this step, if it computes so many shares of the batch."""

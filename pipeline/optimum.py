@@ -184,7 +184,9 @@ class _Logistic:
         """Of ∇F: no curvature of the log loss is above 1/4, and none of cross entropy above 1/2."""
         n, width = self.inputs.shape
         gram = self.inputs.T @ self.inputs if width <= n else self.inputs @ self.inputs.T
-        return float(np.linalg.eigvalsh(gram)[-1]) * (0.25 if self.binary else 0.5) / n + self.l2
+        largest = float(np.linalg.eigvalsh(gram)[-1])
+        bound: float = largest * (0.25 if self.binary else 0.5) / n + self.l2
+        return bound
 
     def separated(self, weights: Array) -> bool:
         """Whether every sample is on its side of every boundary."""

@@ -56,7 +56,7 @@ class Language:
 
     sums = 1
     l2 = 0.0
-    samples = None
+    samples: int | None = None
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
         assert isinstance(config.model, LlamaConfig)
@@ -70,8 +70,8 @@ class Language:
         tokens = corpus.train
         if data.distribution == "by_rank":
             tokens = np.array_split(tokens, ranks.data_ranks)[ranks.data_rank]
-        self.train = Stream(tokens, data.sequence_length, data.seed)
-        self.held_out = Stream(corpus.validation, data.sequence_length, seed=0)
+        self.train: Source[Any] = Stream(tokens, data.sequence_length, data.seed)
+        self.held_out: Source[Any] = Stream(corpus.validation, data.sequence_length, seed=0)
 
     def model(self) -> Llama:
         with torch.device("meta"):
@@ -101,7 +101,7 @@ class Classification:
         self.l2 = self._model.l2
         split = samples.read(data)
         indices = split.train_indices
-        self.samples = len(indices)
+        self.samples: int | None = len(indices)
         if data.distribution == "by_rank":
             if len(indices) < ranks.data_ranks:
                 raise ConfigError(
@@ -109,8 +109,8 @@ class Classification:
                     f"{ranks.data_ranks} ranks. Use data.distribution=shared"
                 )
             indices = np.array_split(indices, ranks.data_ranks)[ranks.data_rank]
-        self.train = SampleStream(split.train, indices, data.seed)
-        self.held_out = SampleStream(split.validation, split.validation_indices, seed=0)
+        self.train: Source[Any] = SampleStream(split.train, indices, data.seed)
+        self.held_out: Source[Any] = SampleStream(split.validation, split.validation_indices, seed=0)
         self._shape, self._classes = split.train.shape, split.train.classes
         if self._model.loss != "cross_entropy" and self._classes != 2:
             raise ConfigError(
@@ -164,5 +164,5 @@ def check_samples(config: Config) -> None:
 
 def problem_of(config: Config, ranks: Ranks) -> Problem:
     """Raises ConfigError where the data do not fit the model."""
-    kind = Language if isinstance(config.model, LlamaConfig) else Classification
-    return kind(config, ranks)
+    text = isinstance(config.model, LlamaConfig)
+    return Language(config, ranks) if text else Classification(config, ranks)

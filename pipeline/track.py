@@ -87,7 +87,7 @@ class Tracker:
             os.environ[f"WANDB_{variable}_DIR"] = str(run.path / "wandb" / name)
         import wandb
 
-        wanted = {
+        wanted: dict[str, Any] = {
             "console": "off",
             "disable_git": True,
             "show_info": False,
@@ -102,7 +102,7 @@ class Tracker:
         _, first = schedule_class(config.batch.schedule)(config).start()
         settings = wandb.Settings(**{k: v for k, v in wanted.items() if k in wandb.Settings.model_fields})
         mirror = wandb.init(
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             project=config.track.project,
             entity=config.track.entity,
             group=config.track.group,

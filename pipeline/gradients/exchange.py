@@ -57,7 +57,7 @@ class BucketExchange:
     def _reduce(
         self,
         group: dist.ProcessGroup,
-        bucket: dist.GradBucket,  # type: ignore[name-defined]
+        bucket: dist.GradBucket,
     ) -> torch.futures.Future[torch.Tensor]:
         if not self.active:
             return allreduce_hook(group, bucket)
@@ -67,7 +67,7 @@ class BucketExchange:
         mean = torch.empty(rows.numel(), dtype=flat.dtype, device=flat.device)
         all_gather(mean, rows.mean(0), group)
         flat.copy_(mean[: flat.numel()])
-        devices = [flat.device] if flat.is_cuda else None
+        devices: list[int | str | torch.device] | None = [flat.device] if flat.is_cuda else None
         future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
         future.set_result(flat)
         return future

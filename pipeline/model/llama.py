@@ -137,6 +137,7 @@ class Llama(Model):
 
     def prepare(self, parallel: ParallelConfig) -> None:
         for block in self.blocks:
+            assert isinstance(block, Block)
             block.recompute = parallel.activation_checkpointing
             if parallel.compile:
                 block.compile()

@@ -20,9 +20,9 @@ class ProxSGD(Uncompiled):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for parameter, rate in self._steps():
+        for parameter, gradient, rate in self._steps():
             weight = local(parameter)
-            weight.sub_(local(parameter.grad), alpha=rate)
+            weight.sub_(gradient, alpha=rate)
             if parameter.dim() > 1:
                 weight.copy_(self.proximal(weight, rate))
 
@@ -30,15 +30,16 @@ class ProxSGD(Uncompiled):
     def gradient_mapping(self) -> list[Tensor]:
         """(w − w⁺)/lr of the step to w⁺ that would be taken now: what this rank holds of it."""
         parts = []
-        for parameter, rate in self._steps():
-            weight, gradient = local(parameter.detach()), local(parameter.grad)
+        for parameter, gradient, rate in self._steps():
             if parameter.dim() > 1:
+                weight = local(parameter.detach())
                 gradient = (weight - self.proximal(weight - rate * gradient, rate)) / rate
             parts.append(gradient)
         return parts
 
-    def _steps(self) -> Iterator[tuple[Tensor, float]]:
-        """Each parameter that has a gradient, and its rate. None at rate 0, torch's way to have an optimizer
-        make its state: to project the weights of a checkpoint once more would change their last bits."""
+    def _steps(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Each parameter that has a gradient, what this rank holds of that, and its rate. None at rate 0,
+        torch's way to have an optimizer make its state: to project the weights of a checkpoint once more
+        would change their last bits."""
         for group in (group for group in self.param_groups if group["lr"]):
-            yield from ((p, group["lr"]) for p in group["params"] if p.grad is not None)
+            yield from ((p, local(p.grad), group["lr"]) for p in group["params"] if p.grad is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from pipeline.parallel import _strategy
 from pipeline.sync import method_class
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Strategy(_strategy.Strategy):
-    axes = ("replicate",)
+    axes: ClassVar[tuple[str, ...]] = ("replicate",)
     shows_samples = True
 
     @cached_property

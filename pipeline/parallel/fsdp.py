@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from pipeline.parallel import _strategy
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Strategy(_strategy.Strategy):
-    axes = ("shard",)
+    axes: ClassVar[tuple[str, ...]] = ("shard",)
 
     @staticmethod
     def shows_workers(parallel: ParallelConfig) -> bool:

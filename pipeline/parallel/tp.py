@@ -5,8 +5,9 @@ Between the matrix products a rank holds part of each sequence."""
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from pipeline.parallel import _strategy
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Strategy(_strategy.Strategy):
-    axes = ("tensor",)
+    axes: ClassVar[tuple[str, ...]] = ("tensor",)
 
     def split(self, model: Model) -> None:
         split_matrices(cast("Llama", model), self.mesh["tensor"])
@@ -39,8 +40,9 @@ class Strategy(_strategy.Strategy):
         """Norm weights are on every rank, and each rank's gradient is the part of its tokens."""
         from pipeline.gradients.dtensor import is_partial, sum_together
 
-        partial = [p for p in parameters if is_partial(p.grad)]
-        for parameter, total in zip(partial, sum_together([p.grad for p in partial]), strict=True):
+        partial = [(p, p.grad) for p in parameters if p.grad is not None and is_partial(p.grad)]
+        totals = sum_together([gradient for _, gradient in partial])
+        for (parameter, _), total in zip(partial, totals, strict=True):
             parameter.grad = total
 
 
@@ -100,5 +102,5 @@ def keep_own_rows(model: nn.Module) -> None:
     for parameter in model.parameters():
         assert isinstance(parameter, DTensor)
         if all(placement.is_shard() for placement in parameter.placements):
-            placements = parameter.placements
-            parameter.register_hook(lambda gradient, p=placements: gradient.redistribute(placements=p))
+            lay_out = functools.partial(DTensor.redistribute, placements=parameter.placements)
+            parameter.register_hook(lay_out)  # type: ignore[no-untyped-call]

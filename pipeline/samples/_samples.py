@@ -101,8 +101,8 @@ def standardise(split: Split) -> Split:
 
     def of(samples: Samples) -> Samples:
         # ((x − m)·s − mean)·scale = (x − m − mean/s)·s·scale
-        whole = {"mean": samples.mean + mean / samples.scale, "scale": samples.scale * scale}
-        return replace(samples, **{key: value.astype(np.float32) for key, value in whole.items()})
+        whole_mean, whole_scale = samples.mean + mean / samples.scale, samples.scale * scale
+        return replace(samples, mean=whole_mean.astype(np.float32), scale=whole_scale.astype(np.float32))
 
     return replace(split, train=of(split.train), validation=of(split.validation))
 

@@ -79,7 +79,10 @@ class _Parsed:
 
 def _parse(path: str, features: int | None) -> _Parsed:
     largest = features or _LARGEST_INDEX
-    labels, counts, columns, values = [], [np.zeros(1, np.int64)], [], []
+    labels: list[NDArray[Any]] = []
+    counts: list[NDArray[Any]] = [np.zeros(1, np.int64)]
+    columns: list[NDArray[Any]] = []
+    values: list[NDArray[Any]] = []
     line = 1
     for block in _blocks(path):
         text = _COMMENT.sub(b"", block)

@@ -63,7 +63,7 @@ def _uniform(count: int) -> NDArray[np.float64]:
     """In [0, 1). From the bits of PCG64, which numpy promises to keep; what its Generator makes of them may
     change with the version (NEP 19)."""
     bits = np.random.PCG64(SEED).random_raw(count)
-    return (bits >> np.uint64(11)) * 2.0**-53
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _normal(radii: NDArray[np.float64], angles: NDArray[np.float64]) -> NDArray[np.float64]:

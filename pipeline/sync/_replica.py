@@ -17,7 +17,7 @@ class Replica:
 
     def __init__(self, model: nn.Module, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.parameters = list(model.parameters())
+        self.parameters: list[torch.Tensor] = list(model.parameters())
         self._names = [name for name, _ in model.named_parameters()]
         self._sizes = [parameter.numel() for parameter in self.parameters]
 
