@@ -1,4 +1,4 @@
-"""The validation losses of the finished runs over everything that they can be compared at."""
+"""The validation losses of the runs that ended over everything that they can be compared at."""
 
 from __future__ import annotations
 
@@ -78,19 +78,24 @@ class Evaluations:
 
 
 def evaluations(sweep: Sweep, schedules: Sequence[Schedule]) -> dict[str, list[Evaluations]]:
-    """By schedule, those of its finished runs that were evaluated at all."""
+    """By schedule, those of its finished runs that were evaluated at all, and of its broken ones, whose loss
+    is NaN where they end."""
     return {
         schedule.label: [
             found
-            for run in schedule.finished
-            if (found := _evaluations(run, sweep.rows[run.point])) is not None
+            for run in (*schedule.finished, *schedule.broken)
+            if run.point in sweep.rows
+            and (found := _evaluations(run, sweep.rows[run.point], run in schedule.broken)) is not None
         ]
         for schedule in schedules
     }
 
 
-def _evaluations(run: Run, rows: pl.DataFrame) -> Evaluations | None:
-    evaluated = rows["val/loss"].is_not_null().to_numpy()
+def _evaluations(run: Run, rows: pl.DataFrame, broken: bool) -> Evaluations | None:
+    losses, evaluated = rows["val/loss"].to_numpy(), rows["val/loss"].is_not_null().to_numpy()
+    if broken:
+        losses, evaluated = losses.copy(), evaluated.copy()
+        losses[-1], evaluated[-1] = np.nan, True
     if not evaluated.any():
         return None
     tokens = rows["tokens"].to_numpy()
@@ -101,7 +106,7 @@ def _evaluations(run: Run, rows: pl.DataFrame) -> Evaluations | None:
     return Evaluations(
         seed=run.seed,
         host=run.status.host if run.status else None,
-        loss=rows["val/loss"].to_numpy()[evaluated],
+        loss=losses[evaluated],
         at={axis: x[evaluated] for axis, x in known.items()},
         rows={axis: (x[np.isfinite(x)], tokens[np.isfinite(x)]) for axis, x in known.items()},
     )

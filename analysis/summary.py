@@ -59,9 +59,13 @@ MORE: dict[str, tuple[str | None, str]] = {
 }
 
 
+_LOSSES = ("train_loss", "val_loss")
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """The runs that differ in nothing but their seed. Means are over the runs that finished, one per seed."""
+    """The runs that differ in nothing but their seed. Means are over the runs that finished, one per seed;
+    those of losses are NaN where a run diverged."""
 
     label: str
     axes: dict[str, str]
@@ -70,11 +74,12 @@ class Schedule:
     task: dict[str, str]  # what its losses are losses of; {} where nothing is known
     runs: list[Run]  # that count or are to come
     superseded: list[Run]  # by a newer finished run of the same seed: they count nowhere
+    broken: list[Run]  # that were ended because a loss, a gradient or the weights were no finite numbers
     numbers: dict[int, RunNumbers]  # by point, finished runs only
     val_loss: Estimate | None
     val_loss_iqm: Interval | None  # the interquartile mean, of enough seeds
     train_loss: Estimate | None
-    diverged: int  # finished runs whose final validation loss is no finite number
+    diverged: int  # the broken ones, and finished ones whose final validation loss is no finite number
 
     @property
     def finished(self) -> list[Run]:
@@ -96,7 +101,10 @@ class Schedule:
         return found.mean if found else None
 
     def by_seed(self, number: str) -> dict[str, float]:
+        """A loss of a broken run is NaN: without it the seeds that did not diverge would speak for all."""
         values = {run.seed: getattr(self.numbers[run.point], number) for run in self.finished}
+        if number in _LOSSES:
+            values |= {run.seed: math.nan for run in self.broken}
         return {seed: value for seed, value in values.items() if value is not None}
 
 
@@ -237,7 +245,11 @@ def _schedule(
     superseded = _superseded(runs)
     kept = [run for run in runs if run not in superseded]
     finished = {run.point: numbers[run.point] for run in kept if run.state == "DONE" and run.point in numbers}
-    losses = [n.val_loss for n in finished.values() if n.val_loss is not None]
+    broken = [run for run in kept if _is_broken(run, numbers.get(run.point))]
+    losses, train_losses = (
+        [v for n in finished.values() if (v := getattr(n, number)) is not None] + [math.nan] * len(broken)
+        for number in ("val_loss", "train_loss")
+    )
     config = next((run.config for run in runs if run.config), None)
     return Schedule(
         label=label,
@@ -247,12 +259,22 @@ def _schedule(
         task=next((run.task for run in runs if run.task), {}),
         runs=kept,
         superseded=superseded,
+        broken=broken,
         numbers=finished,
         val_loss=estimate(losses),
         val_loss_iqm=interquartile([losses]),
-        train_loss=estimate([n.train_loss for n in finished.values() if n.train_loss is not None]),
+        train_loss=estimate(train_losses),
         diverged=sum(not math.isfinite(loss) for loss in losses),
     )
+
+
+def _is_broken(run: Run, numbers: RunNumbers | None) -> bool:
+    """Whether a failed run diverged, by its status or, where it comes without (wandb), by its last losses."""
+    if run.state != "FAILED":
+        return False
+    last = (numbers.train_loss, numbers.val_loss) if numbers else ()
+    said = run.status is not None and run.status.diverged
+    return said or any(loss is not None and not math.isfinite(loss) for loss in last)
 
 
 def _labels(settings: Sequence[dict[str, str]], sweep: Sweep, groups: Sequence[list[Run]]) -> list[str]:

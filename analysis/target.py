@@ -150,7 +150,7 @@ def reach_targets(
     found = []
     for head in (s for s in schedules if s.label not in compared):
         against = [c.schedule for c in comparisons if c.baseline == head.label]
-        finals = [n.val_loss for n in head.numbers.values() if n.val_loss is not None]
+        finals = list(head.by_seed("val_loss").values())
         chosen = _choose(head.label, finals, asked)
         if chosen and (against or asked is not None):
             loss, why = chosen

@@ -388,10 +388,16 @@ def cautions(
             f"comparisons. Each 95% interval is that of one comparison, not widened for being one of several."
         )
     notes += [
-        f"{s.diverged} of {len(s.finished)} finished runs of {s.label} ended without a finite validation "
+        f"{ended} of {len(s.finished)} finished runs of {s.label} ended without a finite validation "
         f"loss, so that it has no mean."
         for s in schedules
-        if s.diverged
+        if (ended := s.diverged - len(s.broken))
+    ]
+    notes += [
+        f"{len(s.broken)} of {len(s.runs)} runs of {s.label} failed since a loss, a gradient or the weights "
+        f"were no finite numbers, so that it has no mean: its other seeds alone would flatter it."
+        for s in schedules
+        if s.broken
     ]
     if len(parts := tasks(schedules)) > 1:
         notes.append(

@@ -26,6 +26,10 @@ class TrainingFailed(RuntimeError):
     """Training cannot go on; says at which step and why."""
 
 
+class Diverged(TrainingFailed):
+    """A loss, a gradient or the weights are no finite numbers. `Status.diverged` knows it by its name."""
+
+
 @dataclass(frozen=True)
 class StepTaken:
     """What an optimizer step was."""

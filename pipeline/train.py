@@ -35,7 +35,7 @@ from pipeline.optim._learning_rate import learning_rate
 from pipeline.parallel import strategy_class
 from pipeline.parallel._ranks import Ranks
 from pipeline.problem import problem_of
-from pipeline.record import Record, StepTaken, TrainingFailed
+from pipeline.record import Diverged, Record, StepTaken
 from pipeline.stopping import Wishes
 from pipeline.store import RunDirectory, report
 from pipeline.sync import method_class
@@ -212,7 +212,7 @@ class Trainer:
             for told in self.reports.completed(row, reports) if self.reports else [row]:
                 self.record.write(told)
         if not finite:
-            raise TrainingFailed(
+            raise Diverged(
                 f"step {progress.step}: training loss {loss}, squared gradient norm {squared_norm}; "
                 f"lr {rate:.3g}, batch {size}. Usual causes: optim.lr={self.config.optim.lr} too high, "
                 f"a warmup too short, or no clipping (optim.clip={self.config.optim.clip})"
@@ -449,7 +449,7 @@ class Trainer:
         if self.record:
             self.record.write(self.record.evaluated(self.progress, {**metrics, **beside, **exact}))
         if not math.isfinite(metrics["val/loss"]):
-            raise TrainingFailed(f"step {self.progress.step}: validation loss {metrics['val/loss']}")
+            raise Diverged(f"step {self.progress.step}: validation loss {metrics['val/loss']}")
         self.resumed_at = time.perf_counter()
 
     def _evaluated(self) -> dict[str, float]:
@@ -459,7 +459,7 @@ class Trainer:
     def save(self) -> None:
         (squared_norm,) = self.ranks.sum(self.squared_norm([local(p) for p in self.parameters]).view(1))
         if not math.isfinite(squared_norm):
-            raise TrainingFailed(f"step {self.progress.step}: the parameters are not finite; not saved")
+            raise Diverged(f"step {self.progress.step}: the parameters are not finite; not saved")
         self.checkpoints.save(self.progress, wait=self.finished or self.wishes.stop)
         if self.wishes.stop and not self.finished and self.ranks.is_main:
             seen = f"{self.tokens} {self.config.unit}"

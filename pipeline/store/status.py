@@ -30,6 +30,11 @@ class Status:
     exit_code: int | None = None
     error: str | None = None
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a rank ended with `pipeline.record.Diverged`: the error holds its name."""
+        return "Diverged: " in (self.error or "")
+
 
 @functools.cache
 def _status_types() -> dict[str, Any]:

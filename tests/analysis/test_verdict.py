@@ -9,8 +9,10 @@ import pytest
 
 from analysis.load import load_sweep
 from analysis.report import Report, build
+from analysis.typeset import latex
 from analysis.verdict import Comparison
 from pipeline.config import ConfigError
+from pipeline.store import Row
 from tests.analysis.synthetic import Point, pairs, short_run, train_row, val_row, write_sweep
 
 MINUS = "\N{MINUS SIGN}"
@@ -158,6 +160,42 @@ def test_a_diverged_run_is_said_and_never_averaged_away(home: Path) -> None:
     assert comparison.kind == "diverged" and "runs of norm_test diverged" in comparison.sentence
     assert any("1 of 2 finished runs of norm_test" in note for note in found.cautions)
     assert found.headline.startswith("constant_16 ends at validation loss 2.05")
+
+
+def broken(axes: dict[str, str], last: list[Row], error: str | None) -> Point:
+    return Point(axes, [*short_run(2.0)[:2], *last], "FAILED", error)
+
+
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [
+        ([train_row(3, 600_000, math.nan, 1562, 6.0)], None),
+        ([train_row(3, 600_000, 2.5, 1562, 6.0), val_row(3, 600_000, math.inf, 6.0)], None),
+        (
+            [train_row(3, 600_000, 2.5, 1562, 6.0)],
+            "rank 0: Diverged: step 3: training loss 2.5, squared gradient norm inf; lr 0.1, batch 1562",
+        ),
+    ],
+)
+def test_a_run_that_was_ended_since_it_diverged_is_none_to_skip(
+    home: Path, last: list[Row], error: str | None
+) -> None:
+    """The trainer ends such a run as failed. Its other seeds alone would be better in every comparison."""
+    points = pairs({"constant_16": [2.2, 2.151, 2.252, 2.21], "norm_test": [2.1, 2.051, 2.149]})
+    found = report([*points, broken({"batch": "norm_test", "seed": "3"}, last, error)])
+    (comparison,) = found.comparisons
+    assert comparison.kind == "diverged" and "runs of norm_test diverged" in comparison.sentence
+    assert {equal.kind for equal in found.equal} == {"no common range"}  # those of constant_16 are at the end
+    assert {reach.kind for target in found.targets for reach in target.reaches} == {None, "censored"}
+    assert any("1 of 4 runs of norm_test failed since" in note for note in found.cautions)
+    assert found.headline.startswith("constant_16 ends at validation loss 2.20")
+    assert not any("textbf" in source for source in latex(found).values())
+
+
+def test_a_run_that_failed_for_another_reason_did_not_diverge(home: Path) -> None:
+    points = pairs({"constant_16": [2.2, 2.151, 2.252, 2.21], "norm_test": [2.1, 2.051, 2.149]})
+    killed = broken({"batch": "norm_test", "seed": "3"}, [], "rank 0 was killed by SIGKILL (signal 9)")
+    assert [c.kind for c in report([*points, killed]).comparisons] == ["better"]
 
 
 def test_different_budgets_are_no_comparison(home: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_run_that_fails_harms_no_other(cluster: Cluster, sweep: Sweep) -> None
     assert (sweep.home / "reports/s/report.html").exists()
     assert sweep.states() == {"failed": 1, "done": 1}
     logs = sweep.launchers("logs", "s")
-    assert failed.id in logs and "TrainingFailed" in logs and "Traceback" in logs
+    assert failed.id in logs and "Diverged" in logs and "Traceback" in logs
     assert "resume: " in sweep.launchers("status", "s", expect=1)
 
 

@@ -14,7 +14,7 @@ from pipeline import checkpoint
 from pipeline.data import Stream, prepare
 from pipeline.model.init import initialise
 from pipeline.model.llama import Llama, loss_sum
-from pipeline.record import TrainingFailed
+from pipeline.record import Diverged
 from pipeline.store import RunDirectory, read_rows
 from tests.distributed import column, train_here
 from tests.support import config
@@ -205,7 +205,7 @@ def test_resumes_on_another_number_of_ranks(before: str, after: str, home: Path,
 
 def test_diverging_run_fails_with_step_and_cause(home: Path, small_corpus: list[str]):
     composed = config(*TINY, *small_corpus, "optim.lr=1e18", "optim.clip=null", "lr.warmup_tokens=0")
-    with pytest.raises(TrainingFailed, match=r"step \d+: training loss (nan|inf).*optim.lr=1e\+18 too high"):
+    with pytest.raises(Diverged, match=r"step \d+: training loss (nan|inf).*optim.lr=1e\+18 too high"):
         train_here(composed)
     last = RunDirectory.of(composed).rows()[-1]
     assert not torch.isfinite(torch.tensor(last["train/loss"]))
@@ -215,7 +215,7 @@ def test_a_model_that_is_not_finite_fails_and_is_not_saved(home: Path, small_cor
     """The last update ruins it: only the evaluation can see that."""
     overrides = ["optim.lr=1e38", "optim.weight_decay=1e9", "lr.min_ratio=1.0", "lr.warmup_tokens=0"]
     composed = config(*TINY, *small_corpus, *overrides, "budget.tokens=1024")
-    with pytest.raises(TrainingFailed, match="step 1: validation loss nan"):
+    with pytest.raises(Diverged, match="step 1: validation loss nan"):
         train_here(composed)
     run = RunDirectory.of(composed)
     assert run.complete_checkpoints() == [] and column(run, "step") == [1, 1]

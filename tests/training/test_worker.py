@@ -308,7 +308,8 @@ def test_failure_inside_a_rank_is_reported_in_one_line(home: Path, small_corpus:
     output, _ = worker.communicate(timeout=60)
     assert worker.returncode == 1
     assert run.status().state == "FAILED"
-    assert run.status().error.startswith("rank 0: TrainingFailed: step ")
+    assert run.status().error.startswith("rank 0: Diverged: step ")
+    assert run.status().diverged
     assert "Traceback" in (run.logs / "attempt-1.rank-0.log").read_text()
     assert run.status().error in output
 
