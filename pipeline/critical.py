@@ -212,6 +212,8 @@ def command(plan: Plan, launcher: str) -> list[str]:
     """The sweep over all branches. What they have in common is an experiment in a file of its own."""
     place = home() / "sweeps" / plan.name / "conf"
     tree = to_tree(plan.branch(1))
+    if plan.config.model.kind != "llama":  # the default model is one, with other settings
+        tree = {"defaults": [{"override /model": plan.config.model.kind}], **tree}
     text = "# @package _global_\n" + yaml.safe_dump(tree, sort_keys=False)
     (place / "experiment").mkdir(parents=True, exist_ok=True)
     write_atomically(place / "experiment" / f"{plan.name}.yaml", text)

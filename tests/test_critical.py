@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,18 +100,22 @@ def test_a_branch_with_the_same_batch_is_the_run_itself(home: Path, small_corpus
     assert rates[20480 + 2048] == pytest.approx(2 * np.mean(between), rel=1e-3)
 
 
+def command(home: Path, parent: RunDirectory, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.critical", parent.id, *arguments],
+        cwd=home,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def test_the_command_runs_branches_and_reports(home: Path, small_corpus: list[str]):
     parent = train_here(config(*TINY, *small_corpus))
 
     def ask(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipeline.critical", parent.id, "--factors", "1,2,4", *arguments],
-            cwd=home,
-            env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return command(home, parent, "--factors", "1,2,4", *arguments)
 
     shown = ask("--at", "20480", "--tokens", "10240", "--launcher", "preview")
     assert shown.returncode == 0, shown.stderr
@@ -135,6 +140,23 @@ def test_the_command_runs_branches_and_reports(home: Path, small_corpus: list[st
     (line,) = (line for line in done.stdout.splitlines() if "batch=critical" in line)
     suggested = [word.strip("'") for word in line.split() if "=" in word]
     config(*TINY, *small_corpus, *suggested)
+
+
+# Without momentum it is w ← w − lr (…+ w): a rate above 2 multiplies w in every step.
+QUADRATIC = [
+    *["model=logistic", "data=digits", "model.l2=1", "optim=sgd", "optim.momentum=0", "optim.clip=null"],
+    *["optim.lr=0.9", "lr.warmup_tokens=0", "lr.min_ratio=1", "data.micro_batch=4", "batch.size=4"],
+    *["budget.tokens=5000", "eval.sequences=16", "checkpoint.interval_tokens=1000", "launch.cpus_per_task=1"],
+]
+
+
+def test_a_run_on_labelled_samples_has_branches_too(home: Path):
+    parent = train_here(config(*QUADRATIC, "budget.tokens=1200"))
+    shown = command(
+        home, parent, "--at", "1000", "--tokens", "100", "--factors", "1,2", "--launcher", "preview"
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert "2 points" in shown.stdout
 
 
 @pytest.mark.parametrize(
