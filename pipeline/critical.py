@@ -5,7 +5,8 @@ the rate f(k)·η, for the same tokens Δ; f(k) = √k for Adam and its kin, k f
 which no smaller one does better by more than a tolerance, and the critical batch is k*·B.
 
 The branches are a sweep like any other: the same launchers run them, the same command asked again does what
-is missing, and when all are done it reports. All branches read the same sequences.
+is missing, and when all are done it reports. All branches read the same sequences. One that diverges is done,
+and too large.
 
 Their losses are exponential averages of single steps, whose noise at a small batch is far above any
 difference of interest. But all branches read the same sequences. So losses are averaged over the same
@@ -53,12 +54,16 @@ class Branch:
     factor: int  # k
     batch: int  # sequences
     steps: int
-    losses: tuple[float, ...]  # of each stretch of the stream, nats per token
+    losses: tuple[float, ...]  # of each stretch of the stream, nats per token; none where it diverged
+
+    @property
+    def diverged(self) -> bool:
+        return not self.losses
 
     @property
     def loss(self) -> float:
         """Averaged over the last stretches."""
-        return averaged(self.losses)
+        return averaged(self.losses) if self.losses else math.inf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +110,12 @@ def difference(branch: Branch, other: Branch) -> tuple[float, float]:
 
 
 def verdict(branches: Sequence[Branch], tolerance: float = TOLERANCE) -> Verdict:
-    """k* of branches in the order of their factors: L_k ≤ L_k' + tolerance for all k' < k."""
+    """k* of branches in the order of their factors: L_k ≤ L_k' + tolerance for all k' < k. The first has not
+    diverged."""
     accepted = branches[0].factor
     for index, branch in enumerate(branches[1:], 1):
+        if branch.diverged:
+            return Verdict(accepted, branch.factor)
         for smaller in branches[:index]:
             worse, error = difference(branch, smaller)
             if worse > max(tolerance, 2 * error):
@@ -225,16 +233,17 @@ def command(plan: Plan, launcher: str) -> list[str]:
 
 
 def ended(plan: Plan) -> list[Branch]:
-    """The branches that are done, in the order of their factors."""
+    """The branches that are done or have diverged, in the order of their factors."""
     branches = []
     for factor in sorted(plan.factors):
         config = complete(plan.branch(factor))
         run = RunDirectory.of(config)
         status = run.status()
-        if status and status.state == "DONE":
+        if status and (status.state == "DONE" or status.diverged):
             rows = [row for row in run.rows() if "train/loss" in row]
             size = round_up(config.batch.size, config.batch_multiple)
-            losses = stretches(rows, config.first_sequence, max(plan.factors) * plan.batch)
+            length = max(plan.factors) * plan.batch
+            losses = () if status.diverged else stretches(rows, config.first_sequence, length)
             branches.append(Branch(factor, size, len(rows), losses))
     return branches
 
@@ -248,9 +257,10 @@ def _measure(options: argparse.Namespace) -> int:
     branches = ended(plan)
     if len(branches) < len(plan.factors):
         done = subprocess.run(command(plan, options.launcher), stdout=sys.stderr if options.json else None)
-        if options.launcher == "preview" or done.returncode:
-            return done.returncode
         branches = ended(plan)
+        # A branch that diverges is a failed run, and an answer.
+        if options.launcher == "preview" or (done.returncode and len(branches) < len(plan.factors)):
+            return done.returncode
     if len(branches) < len(plan.factors):
         if options.json:
             print(json.dumps({"sweep": plan.name, "done": len(branches), "branches": len(plan.factors)}))
@@ -260,6 +270,11 @@ def _measure(options: argparse.Namespace) -> int:
             f"reports: {shlex.join(['python', '-m', 'pipeline.critical', *sys.argv[1:]])}"
         )
         return 0
+    if branches[0].diverged:
+        raise ConfigError(
+            f"{parent.id}: diverges after {plan.tokens} tokens with its own batch of {plan.batch}, so there "
+            f"is nothing to compare with. Choose an earlier checkpoint (--at)"
+        )
     found = verdict(branches, options.tolerance)
     report = _report(plan, branches, found)
     place = home() / "reports" / plan.name
@@ -280,16 +295,25 @@ def _report(plan: Plan, branches: Sequence[Branch], found: Verdict) -> dict[str,
         "critical_batch": found.factor * plan.batch,
         "too_large": found.next_factor and found.next_factor * plan.batch,
         "branches": [
-            {**dataclasses.asdict(branch), "loss": branch.loss, "worse": worse, "error": error}
+            {
+                **dataclasses.asdict(branch),
+                "diverged": branch.diverged,
+                "loss": None if branch.diverged else branch.loss,
+                "worse": worse,
+                "error": error,
+            }
             for branch, (worse, error) in zip(branches, _against_the_best(branches), strict=True)
         ],
     }
 
 
-def _against_the_best(branches: Sequence[Branch]) -> list[tuple[float, float]]:
-    """The difference to the best smaller branch, and its standard error."""
+def _against_the_best(branches: Sequence[Branch]) -> list[tuple[float | None, float | None]]:
+    """The difference to the best smaller branch, and its standard error; None of one that diverged."""
     best = [min(branches[: max(i, 1)], key=lambda branch: branch.loss) for i in range(len(branches))]
-    return [difference(branch, other) for branch, other in zip(branches, best, strict=True)]
+    return [
+        (None, None) if branch.diverged else difference(branch, other)
+        for branch, other in zip(branches, best, strict=True)
+    ]
 
 
 def _text(plan: Plan, branches: Sequence[Branch], found: Verdict, place: Path) -> str:
@@ -300,10 +324,12 @@ def _text(plan: Plan, branches: Sequence[Branch], found: Verdict, place: Path) -
         "   k   batch  steps     loss  above the best smaller one",
     ]
     for branch, (worse, error) in zip(branches, _against_the_best(branches), strict=True):
-        compared = f"{worse:+.4f} ± {2 * error:.4f}" if branch.factor > 1 else ""
+        compared = "" if worse is None or error is None else f"{worse:+.4f} ± {2 * error:.4f}"
+        loss = "diverged" if branch.diverged else f"{branch.loss:8.4f}"
         mark = "  ← too large" if branch.factor == found.next_factor else ""
         lines.append(
-            f"{branch.factor:4d} {branch.batch:7d} {branch.steps:6d} {branch.loss:8.4f}  {compared}{mark}"
+            f"{branch.factor:4d} {branch.batch:7d} {branch.steps:6d} {loss}  "
+            f"{compared if branch.factor > 1 else ''}{mark}"
         )
     size = found.factor * plan.batch
     if found.next_factor is None:
@@ -325,8 +351,9 @@ def _draw(plan: Plan, branches: Sequence[Branch], found: Verdict, path: Path) ->
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    sizes = [branch.batch for branch in branches]
-    worse = [difference(branch, branches[0]) for branch in branches]
+    ended_well = [branch for branch in branches if not branch.diverged]
+    sizes = [branch.batch for branch in ended_well]
+    worse = [difference(branch, branches[0]) for branch in ended_well]
     means, bars = [mean for mean, _ in worse], [2 * error for _, error in worse]
     axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes.errorbar(sizes, means, bars, marker="o", capsize=3, color="#1f4e79")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,13 @@ def test_largest_batch_that_no_smaller_one_beats(losses, factor, too_large):
     """Merrill et al. 2025, section 3: L_k ≤ L_k' + 0.01 for all k' < k."""
     found = verdict(branches(*losses))
     assert (found.factor, found.next_factor) == (factor, too_large)
+
+
+def test_a_branch_that_diverged_is_worse_than_any():
+    fine = branches(3.0, 2.9, 2.8)
+    broken = [fine[0], critical.dataclasses.replace(fine[1], losses=()), fine[2]]
+    found = verdict(broken)
+    assert (found.factor, found.next_factor) == (1, 2)
 
 
 def test_noise_of_the_difference_widens_the_tolerance():
@@ -146,7 +154,7 @@ def test_the_command_runs_branches_and_reports(home: Path, small_corpus: list[st
 QUADRATIC = [
     *["model=logistic", "data=digits", "model.l2=1", "optim=sgd", "optim.momentum=0", "optim.clip=null"],
     *["optim.lr=0.9", "lr.warmup_tokens=0", "lr.min_ratio=1", "data.micro_batch=4", "batch.size=4"],
-    *["budget.tokens=5000", "eval.sequences=16", "checkpoint.interval_tokens=1000", "launch.cpus_per_task=1"],
+    *["budget.tokens=5000", "eval.sequences=16", "checkpoint.interval_tokens=1000", "checkpoint.keep=9"],
 ]
 
 
@@ -157,6 +165,21 @@ def test_a_run_on_labelled_samples_has_branches_too(home: Path):
     )
     assert shown.returncode == 0, shown.stderr
     assert "2 points" in shown.stdout
+
+
+def test_a_branch_that_diverges_is_too_large(home: Path):
+    """Its run fails, for good: asked again it is not run again."""
+    parent = train_here(config(*QUADRATIC))
+    for _ in range(2):
+        asked = command(home, parent, "--at", "2000", "--tokens", "2400", "--factors", "1,8", "--json")
+        assert asked.returncode == 0, asked.stderr
+        report = json.loads(asked.stdout)
+        assert (report["critical_batch"], report["too_large"]) == (4, 32)
+        assert [branch["diverged"] for branch in report["branches"]] == [False, True]
+    shown = command(home, parent, "--at", "2000", "--tokens", "2400", "--factors", "1,8")
+    assert re.search(r"8 +32 +\d+ diverged +← too large", shown.stdout)
+    attempts = [RunDirectory(path).newest_attempt() for path in (home / "runs").iterdir()]
+    assert max(attempts) == 1
 
 
 @pytest.mark.parametrize(
