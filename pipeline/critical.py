@@ -170,7 +170,8 @@ class Plan:
             batch=dataclasses.replace(config.batch, schedule="constant", size=factor * self.batch),
             optim=dataclasses.replace(config.optim, lr=self.rate),
             lr=dataclasses.replace(config.lr, batch_scaling=rule(config)),
-            sweep=dataclasses.replace(config.sweep, name=self.name, strict=True),
+            # What the parent's sweep walks together or leaves out is of its axes.
+            sweep=dataclasses.replace(config.sweep, name=self.name, strict=True, zip=[], exclude=[]),
             track=dataclasses.replace(config.track, group=self.name),
         )
 

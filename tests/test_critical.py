@@ -167,6 +167,15 @@ def test_a_run_on_labelled_samples_has_branches_too(home: Path):
     assert "2 points" in shown.stdout
 
 
+def test_the_parents_sweep_is_not_that_of_the_branches(home: Path, small_corpus: list[str]):
+    of_sweep = ["sweep.zip=[[seed,optim.lr]]", "sweep.exclude=['batch.size>8']"]
+    parent = train_here(config(*TINY, *small_corpus, *of_sweep, "budget.tokens=20480"))
+    asked = ["--at", "10240", "--tokens", "6144", "--factors", "1,2", "--launcher", "preview"]
+    shown = command(home, parent, *asked)
+    assert shown.returncode == 0, shown.stderr
+    assert "2 points" in shown.stdout and "left out" not in shown.stdout
+
+
 def test_a_branch_that_diverges_is_too_large(home: Path):
     """Its run fails, for good: asked again it is not run again."""
     parent = train_here(config(*QUADRATIC))
