@@ -176,6 +176,9 @@ class Plan:
         )
 
 
+_RATES = {"sqrt": "√k × the rate", "linear": "k × the rate", "none": "the same rate"}
+
+
 def rule(config: Config) -> Any:
     """f: √k, or k where the optimizer has only that, or 1 where neither is defined for it."""
     defined = batch_scalings(config.optim)
@@ -320,7 +323,7 @@ def _against_the_best(branches: Sequence[Branch]) -> list[tuple[float | None, fl
 def _text(plan: Plan, branches: Sequence[Branch], found: Verdict, place: Path) -> str:
     lines = [
         f"run {plan.parent.id} after {plan.tokens:,} tokens, batch {plan.batch}: {plan.more:,} tokens with "
-        f"k × the batch and {'√k' if rule(plan.config) == 'sqrt' else 'k'} × the rate",
+        f"k × the batch and {_RATES[rule(plan.config)]}",
         "",
         "   k   batch  steps     loss  above the best smaller one",
     ]

@@ -158,6 +158,17 @@ QUADRATIC = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [("adamw", "√k × the rate"), ("sgd", "k × the rate"), ("adagrad_norm", "the same rate")],
+)
+def test_the_report_says_what_became_of_the_rate(optimizer: str, rate: str):
+    composed = config(*TINY, f"optim={optimizer}")
+    plan = critical.Plan(RunDirectory.of(composed), composed, 20480, 8, 0.1, 10240, (1, 2))
+    ended = branches(3.0, 3.0)
+    assert f" with k × the batch and {rate}\n" in critical._text(plan, ended, verdict(ended), Path())
+
+
 def test_a_run_on_labelled_samples_has_branches_too(home: Path):
     parent = train_here(config(*QUADRATIC, "budget.tokens=1200"))
     shown = command(
