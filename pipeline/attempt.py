@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
+import pipeline.optim as optimizers
 from pipeline.batch import schedule_class
-from pipeline.batch._adaptive import check_shows_samples
 from pipeline.config import Config, ConfigError, check_imbalance, check_mesh, check_replicas, parse, to_tree
 from pipeline.overrides import CONF, no_such_option, options_of
 from pipeline.parallel import strategy_class
@@ -33,7 +33,13 @@ def for_attempt(config: Config, changes: Sequence[str]) -> Config:
         _apply(change, tree)
     changed = parse(tree)
     changed = replace(changed, batch=replace(changed.batch, round_to=config.batch_multiple))
-    fit = [*check_mesh(changed), *check_replicas(changed), *check_imbalance(changed)]
+    fit = [
+        *check_mesh(changed),
+        *schedule_class(changed.batch.schedule).check(changed),
+        *check_replicas(changed),
+        *check_imbalance(changed),
+        *optimizers.check(changed),
+    ]
     if problems := [*fit, *_check_same_run(config, changed)]:
         raise ConfigError(*problems)
     return changed
@@ -95,8 +101,6 @@ def _check_same_run(frozen: Config, changed: Config) -> list[str]:
                 f"{before.data_ranks} data-parallel ranks of this run. Keep replicate × shard = "
                 f"{before.data_ranks}, with parallel=ddp or a parallel.shard of at least 2"
             )
-    if needs and needs.units == "sample":
-        problems += check_shows_samples(changed)
     return problems
 
 

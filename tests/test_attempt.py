@@ -76,6 +76,33 @@ def test_gradients_of_single_samples_need_whole_parameters():
         for_attempt(frozen, ["parallel=fsdp"])
 
 
+TUMOURS = ["data=breast_cancer", "model=logistic", "model.loss=binary", "parallel=ddp", "optim=sgd"]
+NORM_TEST = ["batch=norm_test", "batch.size=8", "batch.max_size=64"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.loss=auc", "optim=coda"],
+        ["optim=prox_sgd", "optim.regulariser=simplex"],
+        [*NORM_TEST, "batch.averaged_steps=10"],
+        ["batch=composite", "optim=prox_sgd", "optim.clip=null"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_the_whole_model_on_a_rank(overrides: list[str]):
+    """Refused as for a new run: on shards they fail, or are another method without a word."""
+    frozen = config(*TUMOURS, *overrides)
+    assert for_attempt(frozen, ["parallel=single", "parallel.replicate=1"]).parallel.data_ranks == 1
+    with pytest.raises(ConfigError, match="Use parallel=single or parallel=ddp"):
+        for_attempt(frozen, ["parallel=fsdp"])
+
+
+def test_a_stage_smaller_than_a_micro_batch_for_every_new_rank_goes_on():
+    frozen = config("batch=stages", "batch.sizes=[8,16,32]", "data.micro_batch=4")
+    assert for_attempt(frozen, ["parallel=ddp", "parallel.replicate=4"]).batch_multiple == 4
+
+
 def test_the_rest_of_the_ranks():
     moved = for_attempt(config(), ["parallel=fsdp", "parallel.shard=-1", "launch.gpus_per_node=4"])
     assert moved.parallel.shard == 4

@@ -49,13 +49,6 @@ class Schedule(Planned):
             )
         if min(fractions) <= 0:
             problems.append(f"batch.fractions={fractions}: each must be above 0")
-        unit = config.parallel.data_ranks * config.data.micro_batch
-        if min(sizes) < unit:
-            problems.append(
-                f"batch.sizes={sizes}: {min(sizes)} is smaller than one micro-batch on every rank "
-                f"({config.parallel.data_ranks} ranks × data.micro_batch={config.data.micro_batch}). "
-                f"Nearest: {unit}"
-            )
         return problems
 
     def batch_at(self, done: StepDone) -> float:

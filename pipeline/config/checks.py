@@ -202,6 +202,11 @@ def _check_batch(config: Config) -> list[str]:
             f"batch.size={batch.size}: smaller than one micro-batch on every rank (ranks {ranks} × "
             f"data.micro_batch={micro} = {unit}). Nearest batch.size: {unit}"
         )
+    if "sizes" in schedule.settings and batch.sizes and min(batch.sizes) < unit:
+        problems.append(
+            f"batch.sizes={batch.sizes}: {min(batch.sizes)} is smaller than one micro-batch on every rank "
+            f"({ranks} ranks × data.micro_batch={micro}). Nearest: {unit}"
+        )
     problems += schedule.check(config)
     if not problems and config.trained_sequences < (first := schedule(config).start()[1].size):
         length = config.data.sequence_length
