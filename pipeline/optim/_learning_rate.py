@@ -35,9 +35,9 @@ def cuts(config: Config, tokens: float) -> int:
 
 
 def _warmup(config: Config, step: int, tokens: float) -> float:
-    if config.lr.warmup_steps is not None:
-        return min(1.0, (step - 0.5) / max(1, config.lr.warmup_steps))
-    return min(1.0, tokens / max(1, config.lr.warmup_tokens or 0))
+    lr = config.lr
+    done, planned = (tokens, lr.warmup_tokens) if lr.warmup_steps is None else (step - 0.5, lr.warmup_steps)
+    return min(1.0, done / planned) if planned else 1.0
 
 
 def _smooth_decay(config: Config, tokens: float) -> float:

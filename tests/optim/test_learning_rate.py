@@ -40,6 +40,15 @@ def test_warmup_and_decay(schedule: str):
     )
 
 
+def test_without_a_warmup_the_first_step_has_the_whole_rate():
+    """Also one of a single labelled sample, whose middle is half a token."""
+    constant = ["lr.min_ratio=1", "optim.lr=0.5"]
+    in_steps = config(*constant, "lr.warmup_tokens=null", "lr.warmup_steps=0")
+    assert learning_rate(in_steps, step=1, start=0, step_tokens=8192) == 0.5
+    in_tokens = config(*constant, "lr.warmup_tokens=0")
+    assert learning_rate(in_tokens, step=1, start=0, step_tokens=1) == 0.5
+
+
 def test_decay_in_cuts_stays_above_the_smooth_one_by_less_than_a_cut():
     composed = config("lr=cosine", *RUN)
     tokens = range(102400, 1024000, 4096)
