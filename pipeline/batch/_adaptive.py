@@ -119,8 +119,8 @@ class Adaptive:
         return State(self.batch.size), Decision(self.first, self.batch.size, "scheduled", {})
 
     def wants_statistics(self, state: State, step: int, tokens: int) -> bool:
-        # Nothing is left to decide once a batch that never shrinks has reached its cap.
-        if self.never_shrinks and state.requested >= self.largest:
+        # Nothing is left to decide once a batch that never shrinks has reached its cap, if only by rounding.
+        if self.never_shrinks and round_up(state.requested, self.multiple) >= self.largest:
             return False
         return step % self.batch.interval == 0 and tokens >= self.batch.start_tokens
 

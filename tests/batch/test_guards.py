@@ -95,8 +95,9 @@ def test_shrinking_needs_agreement_as_well():
 
 def test_when_tests_take_place():
     schedule = schedule_of(small("batch=norm_test", "batch.max_size=64"))
-    assert schedule.wants_statistics(State(63), 1, 0)
+    assert schedule.wants_statistics(State(60), 1, 0)
     assert not schedule.wants_statistics(State(64), 1, 0)
+    assert not schedule.wants_statistics(State(60.5), 1, 0)  # rounded up to the cap
     every_third = schedule_of(small("batch=norm_test", "batch.interval=3"))
     assert [every_third.wants_statistics(State(8), s, 0) for s in range(1, 7)] == [False, False, True] * 2
     late = schedule_of(small("batch=norm_test", "batch.start_tokens=1000"))
