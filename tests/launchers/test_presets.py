@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.optim._learning_rate import learning_rate
 from tests.launchers.test_preview import preview
-from tests.support import ROOT
+from tests.support import ROOT, config
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 PAPERS = [
@@ -97,6 +98,17 @@ def test_steps_of_tables_1_to_3(
     for size, count in steps.items():
         (row,) = (line.split() for line in found if size in line.split())
         assert row[row.index(size, 2 if "→" not in size else 0) :].count(count) == 1, row
+
+
+@pytest.mark.parametrize("name", ["adadagrad_mnist", "adadagrad_mnist_small"])
+def test_the_rate_of_adadagrad_on_mnist_is_constant(name: str):
+    """The authors' expt.sh: --learning_rate=8e-3 --decay_lr=False."""
+    composed = config(f"experiment={name}")
+    rates = {
+        learning_rate(composed, step=step, start=start, step_tokens=2)
+        for step, start in ((1, 0), (1000, composed.budget.tokens // 2), (2000, composed.budget.tokens - 2))
+    }
+    assert rates == {composed.optim.lr}
 
 
 def test_the_command_line_counts_for_every_row(here: Path, monkeypatch, capsys):
