@@ -42,7 +42,7 @@ from launchers.plan import Plan, Point, PointState, again, compare, freeze, make
 from launchers.preview import EXCUSES, Rates, introduce, show_shapes
 from launchers.scheduler import SchedulerError
 from launchers.shapes import Shape, by_shape, gpu_hours, grouped, shares
-from launchers.state import UNFINISHED
+from launchers.state import UNFINISHED, run_state
 from launchers.table import REFUSED, confirm, make_console, progress, say, show_command, show_launchers, tally
 from pipeline.config import Config
 from pipeline.environment import CODE
@@ -279,8 +279,8 @@ def _record(sweep: str, changes: dict[str, dict[str, Any]]) -> None:
 
 
 def _release(sweep: str, names: Sequence[str]) -> None:
-    """Tells the runs of these batches their jobs, and lets the jobs start. A run that is done or another
-    job's by now keeps what it is; a job that no run was told of does nothing."""
+    """Tells the runs of these batches their jobs, and lets the jobs start. A run that is done or that another
+    job is to run by now keeps what it is; a job that no run was told of does nothing."""
     jobs = [job for job in manifest.load(sweep)["jobs"] if job["name"] in names]
     mine = [
         (RunDirectory(home() / "runs" / run), id_)
@@ -291,7 +291,9 @@ def _release(sweep: str, names: Sequence[str]) -> None:
     queue = scheduler.queue_of(run.status() for run, _ in mine) or {}
     for run, id_ in mine:
         status = run.status()
-        if status and (status.state == "DONE" or status.job == id_ or status.job in queue):
+        # A job in the queue may have no more to do with it: it shares the job with others, or just ended.
+        elsewhere = status and status.job in queue and run_state(run, status, queue) not in UNFINISHED
+        if status and (status.state == "DONE" or status.job == id_ or elsewhere):
             continue
         run.update_status(state="PENDING", job=id_, exit_code=None, error=None)
     for job in jobs:

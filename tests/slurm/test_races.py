@@ -139,6 +139,17 @@ def test_one_of_packed_runs_that_wait_is_cancelled_alone(cluster: Cluster, sweep
     assert sweep.states() == {"done": 2, "new": 1}
 
 
+def test_one_of_packed_runs_goes_on_in_a_job_of_its_own(cluster: Cluster, sweep: Sweep) -> None:
+    """Resumed while the job that it was cancelled in still runs the other."""
+    sweep.submit(*LONG, "seed=0,1", "launch.pack=2")
+    for run in sweep.runs:
+        under_way(cluster, run)
+    sweep.launchers("cancel", "s", "--only", "seed=1", "--yes")
+    sweep.launchers("resume", "s", "--only", "seed=1")
+    sweep.wait(cluster)
+    assert sorted(states(sweep.runs)) == [("DONE", 1), ("DONE", 2)]
+
+
 def test_a_dead_task_does_not_hold_a_packed_job(cluster: Cluster, sweep: Sweep) -> None:
     sweep.submit(*LONG, "seed=0,1", "launch.pack=2")
     for run in sweep.runs:
