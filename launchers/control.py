@@ -42,12 +42,12 @@ def cancel(
         if not confirm(console, f"Cancel {what} of {target.name}?"):
             return REFUSED
     with manifest.only_submitter(console):
-        _end_waiting(target, waiting)  # first, lest the scheduler starts them in the place of those that end
+        _end_waiting(waiting)  # first, lest the scheduler starts them in the place of those that end
     if running and not now and not as_json:
         say(console, f"{len(running)} stop at their next step, with a checkpoint …")
     left = running if now else _await_end(target, running, STOP_GRACE_S, ask=True)
     if left:  # they had their time
-        _cancel_jobs(target, left)
+        _cancel_jobs(left)
         left = _await_end(target, left, _END_S, ask=False)
     late = {standing.run for standing in left}
     ended = [s for s in [*waiting, *running] if s.run not in late and _mark_cancelled(s.directory)]
@@ -118,22 +118,23 @@ def _in_its_sweep(target: Target) -> Target:
     return next((replace(sweep, runs=target.runs) for sweep in sweeps if target.name in sweep.values), target)
 
 
-def _cancel_jobs(target: Target, found: Sequence[Standing]) -> list[Standing]:
+def _cancel_jobs(found: Sequence[Standing]) -> None:
     """Not those that they share with other runs: such a job passes over runs that are cancelled, and a stop
     file ends those that it has begun."""
     runs = {standing.run for standing in found}
-    batches = manifest.load(target.sweep)["jobs"] if target.sweep else []
+    # Of all sweeps: a run may be named alone, and its job be another sweep's.
+    sweeps = manifest.names() if any(standing.job for standing in found) else []
+    batches = [batch for sweep in sweeps for batch in manifest.load(sweep)["jobs"]]
     packs = {id_: pack for b in batches for id_, pack in zip(b["ids"] or [], b["runs"], strict=False)}
     jobs = {s.job for s in found if s.job and runs.issuperset(packs.get(s.job, [s.run]))}
     if jobs:
         scheduler.cancel(sorted(jobs))
-    return list(found)
 
 
-def _end_waiting(target: Target, waiting: Sequence[Standing]) -> None:
+def _end_waiting(waiting: Sequence[Standing]) -> None:
     for standing in waiting:
         _mark_cancelled(standing.directory)
-    _cancel_jobs(target, waiting)
+    _cancel_jobs(waiting)
 
 
 def _await_end(target: Target, found: Sequence[Standing], patience_s: float, ask: bool) -> list[Standing]:
@@ -145,7 +146,7 @@ def _await_end(target: Target, found: Sequence[Standing], patience_s: float, ask
         left = [s for s in standings(target)[0] if s.run in runs and s.state in ("running", "queued")]
         if not left or time.monotonic() > deadline:
             return left
-        _end_waiting(target, [standing for standing in left if standing.state == "queued"])
+        _end_waiting([standing for standing in left if standing.state == "queued"])
         for standing in left:
             if ask and standing.state == "running":
                 standing.directory.request_stop("CANCELLED")

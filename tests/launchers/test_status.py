@@ -660,6 +660,21 @@ def test_cancelling_some_runs(every: dict[str, Path], slurm: Scheduler) -> None:
     assert states(every) == UNTOUCHED | {"running": "RUNNING", "queued": "PENDING", "new": "CANCELLED"}
 
 
+@pytest.mark.parametrize("name", ["a0", "other"])
+def test_runs_that_share_the_job_of_a_cancelled_one_keep_it(here: Path, slurm: Scheduler, name: str) -> None:
+    """Also where the run is named alone, or as part of another sweep than the job's."""
+    made_up.sweep(here, "s", {"a0": {}, "b0": {}})
+    made_up.sweep(here, "other", {"a0": {}})
+    file = here / "sweeps/s/manifest.json"
+    job = {"name": "s.1", "kind": "runs", "runs": [["a0", "b0"]], "ids": ["7"], "released": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"jobs": [job]}))
+    runs = [made_up.run(here, run, job="7") for run in ("a0", "b0")]
+    slurm.jobs("7|PENDING|Resources|")
+    assert call("cancel", name, "--yes") == 0
+    assert slurm.asked("scancel") == []
+    assert [made_up.status(run)["state"] for run in runs] == ["CANCELLED", "PENDING"]
+
+
 def test_nobody_to_confirm(
     every: dict[str, Path], here: Path, capsys: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
