@@ -89,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--attempt", type=int, help="by default the newest")
     one = command("cancel", "ends runs, with a checkpoint; asks first")
     one.add_argument("--pending", action="store_true", help="only those that wait")
-    one.add_argument("--now", action="store_true", help="without waiting for checkpoints")
+    one.add_argument(
+        "--now", action="store_true", help="without waiting for checkpoints, where a run has a job of its own"
+    )
     one.add_argument("--yes", action="store_true", help="do not ask")
     one = command("resume", "goes on with what is missing; takes launch.minutes=… and the like", json=False)
     one.add_argument("--launcher", choices=("local", "slurm"), help="by default as before")

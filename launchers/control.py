@@ -28,7 +28,8 @@ def cancel(
     console: Console, target: Target, *, pending: bool = False, now: bool = False, yes: bool, as_json: bool
 ) -> int:
     """Ends what waits and, unless only what is `pending` is meant, what runs: at its next step, with a
-    checkpoint, or `now`. The exit code: 0 ended, 1 something still runs, 3 not confirmed."""
+    checkpoint, or `now`, where a run has a job of its own. The exit code: 0 ended, 1 something still runs,
+    3 not confirmed."""
     found, problem = standings(target)
     if problem:
         raise ConfigError(problem)
@@ -45,10 +46,10 @@ def cancel(
         _end_waiting(waiting)  # first, lest the scheduler starts them in the place of those that end
     if running and not now and not as_json:
         say(console, f"{len(running)} stop at their next step, with a checkpoint …")
-    left = running if now else _await_end(target, running, STOP_GRACE_S, ask=True)
+    left = running if now else _await_end(target, running, STOP_GRACE_S)
     if left:  # they had their time
         _cancel_jobs(left)
-        left = _await_end(target, left, _END_S, ask=False)
+        left = _await_end(target, left, _END_S)
     late = {standing.run for standing in left}
     ended = [s for s in [*waiting, *running] if s.run not in late and _mark_cancelled(s.directory)]
     _end_report(target)
@@ -137,7 +138,7 @@ def _end_waiting(waiting: Sequence[Standing]) -> None:
     _cancel_jobs(waiting)
 
 
-def _await_end(target: Target, found: Sequence[Standing], patience_s: float, ask: bool) -> list[Standing]:
+def _await_end(target: Target, found: Sequence[Standing], patience_s: float) -> list[Standing]:
     """Those that still run, or wait to go on, when the patience ends. Asks them to stop again and again: a
     run that just begins overlooks what was asked before, one that is just preempted queues itself again."""
     runs = {standing.run for standing in found}
@@ -148,7 +149,7 @@ def _await_end(target: Target, found: Sequence[Standing], patience_s: float, ask
             return left
         _end_waiting([standing for standing in left if standing.state == "queued"])
         for standing in left:
-            if ask and standing.state == "running":
+            if standing.state == "running":
                 standing.directory.request_stop("CANCELLED")
         time.sleep(_POLL_S)
     return []

@@ -627,6 +627,22 @@ def test_cancelling_at_once(every: dict[str, Path], slurm: Scheduler) -> None:
     assert states(every) == UNTOUCHED | {"running": "CANCELLED", "queued": "CANCELLED", "new": "CANCELLED"}
 
 
+def test_cancelling_at_once_what_has_no_job_of_its_own(here: Path) -> None:
+    """A run on this machine: no scheduler ends it, so it is asked to stop."""
+    directory = made_up.run(here, "c0ffee", "RUNNING", 10)
+
+    def obey() -> None:
+        with RunDirectory(directory).lock():
+            wait_until(lambda: (directory / "stop").exists())
+            made_up.change_status(directory, state="CANCELLED", error="stopped")
+
+    thread = threading.Thread(target=obey)
+    thread.start()
+    wait_until(RunDirectory(directory).is_locked)
+    assert call("cancel", "c0ffee", "--now", "--yes") == 0
+    thread.join()
+
+
 def test_a_run_that_does_not_stop_in_time_loses_its_job(
     every: dict[str, Path], slurm: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
