@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,16 @@ def add_coordinates(sums: Tensor, variance: Tensor, mean: Tensor, count: Tensor)
     sums[2:].index_add_(0, bins, count.double())
 
 
-def coordinates_of(sums: Sequence[float]) -> Coordinates:
-    """From what the ranks summed, in the order in which they sent it."""
+def coordinates_of(sums: Sequence[float], units: int | None = None) -> Coordinates:
+    """From what the ranks summed, in the order in which they sent it. `units`: of how few the variances are;
+    None: of so many that the roots of their estimates are as good as without bias."""
     deviation, magnitude, *ratio_counts = sums
+    if units:
+        deviation /= mean_root(units)
     return Coordinates(deviation, magnitude, tuple(ratio_counts))
+
+
+def mean_root(units: int) -> float:
+    """E √s² / σ, where s² is the unbiased variance of so many normal numbers, as means of many sequences are:
+    0.80 of two, 0.92 of four (c₄ of quality control)."""
+    return math.sqrt(2 / (units - 1)) * math.exp(math.lgamma(units / 2) - math.lgamma((units - 1) / 2))

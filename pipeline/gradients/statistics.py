@@ -147,7 +147,9 @@ RATIO_BINS, BINS_PER_OCTAVE, LOWEST_OCTAVE = 512, 4, -40
 class Coordinates:
     """Of each coordinate k of the gradient: σ_k², the variance of one sequence's, and the mean g_k."""
 
-    sum_deviation: float  # Σ σ_k; squared, over ‖g‖₁², the noise scale of sign methods (Naganuma et al. 2026)
+    # Σ σ_k, also from few units without bias; squared, over ‖g‖₁², the noise scale of sign methods (Naganuma
+    # et al. 2026)
+    sum_deviation: float
     sum_magnitude: float  # ‖g‖₁
     ratio_counts: tuple[float, ...]  # [RATIO_BINS] coordinates by log₂ σ_k²/g_k²; 0/0 is left out
 

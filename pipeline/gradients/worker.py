@@ -142,7 +142,7 @@ class WorkerCapture:
         gram = np.array(sums[: count**2]).reshape(count, count)
         coordinates = None
         if self._coordinates is not None:
-            coordinates = coordinates_of(sums[count**2 :])
+            coordinates = coordinates_of(sums[count**2 :], count)
         workers = WorkerProducts(self._sequences, gram)
         return GradientStatistics(
             units=count,

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.batch._interface import Needs
 from pipeline.config import Config
 from pipeline.gradients.capture import capture_for
+from pipeline.gradients.coordinates import mean_root
 from pipeline.gradients.exchange import ShardExchange
 from pipeline.gradients.leaves import leaves
 from pipeline.gradients.microbatch import MicrobatchCapture
@@ -128,7 +129,8 @@ def test_workers(mesh: str, seen_workers: dict[str, list[Seen]]):
 
     variance = n @ (g - truth.numpy()) ** 2 / (len(n) - 1)
     coordinates = statistics.coordinates
-    assert coordinates.sum_deviation == pytest.approx(np.sqrt(variance).sum(), rel=1e-5)
+    deviation = np.sqrt(variance).sum() / mean_root(len(n))
+    assert coordinates.sum_deviation == pytest.approx(deviation, rel=1e-5)
     assert coordinates.sum_magnitude == pytest.approx(np.abs(truth.numpy()).sum(), rel=1e-5)
     used = (g != 0).any(0)
     assert sum(coordinates.ratio_counts) == pytest.approx(used.sum(), abs=0.5)

@@ -7,7 +7,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from pipeline.gradients.coordinates import SIZE, add_coordinates, coordinates_of
 from pipeline.gradients.statistics import (
     RATIO_BINS,
     Coordinates,
@@ -132,6 +134,17 @@ def test_gram_matrix_gives_an_unbiased_inner_product_variance_and_the_papers_is_
     assert_unbiased(unbiased, truth)
     assert np.mean(in_sample) > 1.1 * truth
     assert math.isnan(WorkerProducts((4,) * 3, np.eye(3)).unbiased_inner_product_variance)
+
+
+@pytest.mark.parametrize("units", [2, 4, 16])
+def test_deviations_of_few_units_have_no_bias(units: int):
+    """Σ σ_k of single sequences, from the means of 32 of them on each of so many ranks."""
+    rng = np.random.default_rng(6)
+    sigma = rng.uniform(0.5, 2.0, 100_000)
+    g = torch.from_numpy(rng.normal(size=(units, len(sigma))) * sigma / math.sqrt(32))
+    sums = torch.zeros(SIZE, dtype=torch.float64)
+    add_coordinates(sums, 32 * g.var(0), g.mean(0), torch.ones(len(sigma)))
+    assert coordinates_of(sums.tolist(), units).sum_deviation == pytest.approx(sigma.sum(), rel=0.02)
 
 
 def test_ratio_quantile_bounds_from_above():
