@@ -111,6 +111,19 @@ def test_the_rate_of_adadagrad_on_mnist_is_constant(name: str):
     assert rates == {composed.optim.lr}
 
 
+def test_bollapragadas_method_is_whole():
+    """As pipeline/batch/inner_product.py says it."""
+    batch = config(
+        "experiment=bollapragada2018", "batch=inner_product", "batch.theta=0.9", "batch.nu=5.84"
+    ).batch
+    assert (batch.estimator, batch.direction, batch.ema, batch.averaged_steps) == (
+        "sample",
+        "in_sample",
+        0,
+        10,
+    )
+
+
 def test_the_command_line_counts_for_every_row(here: Path, monkeypatch, capsys):
     """Eight rows, of which only the batch sizes are left to differ: 256 from the experiment, and three."""
     monkeypatch.setenv("COLUMNS", "200")
