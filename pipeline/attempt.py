@@ -101,6 +101,12 @@ def _check_same_run(frozen: Config, changed: Config) -> list[str]:
                 f"{before.data_ranks} data-parallel ranks of this run. Keep replicate × shard = "
                 f"{before.data_ranks}, with parallel=ddp or a parallel.shard of at least 2"
             )
+    if not needs and optimizers.needs(changed) != (measured := optimizers.needs(frozen)):
+        assert measured
+        problems.append(
+            f"parallel={after.strategy}: optim={frozen.optim.name} steps by the noise that it sees in every "
+            f"{measured.units} of this run, and sees in something else there. Keep parallel={before.strategy}"
+        )
     return problems
 
 

@@ -98,6 +98,16 @@ def test_what_needs_the_whole_model_on_a_rank(overrides: list[str]):
         for_attempt(frozen, ["parallel=fsdp"])
 
 
+@pytest.mark.parametrize(("here", "there"), [("ddp", "fsdp"), ("fsdp", "ddp")])
+def test_an_optimizer_that_measures_goes_on_measuring_the_same(here: str, there: str):
+    """Backtracking: single samples where every rank has the model, else micro-batches."""
+    frozen = config(*TUMOURS, "optim=backtracking", f"parallel={here}")
+    with pytest.raises(ConfigError, match=f"parallel={there}: .* Keep parallel={here}"):
+        for_attempt(frozen, [f"parallel={there}"])
+    by_micro_batches = config(*TUMOURS, *NORM_TEST, "optim=backtracking", f"parallel={here}")
+    assert for_attempt(by_micro_batches, [f"parallel={there}"]).parallel.strategy == there
+
+
 def test_a_stage_smaller_than_a_micro_batch_for_every_new_rank_goes_on():
     frozen = config("batch=stages", "batch.sizes=[8,16,32]", "data.micro_batch=4")
     assert for_attempt(frozen, ["parallel=ddp", "parallel.replicate=4"]).batch_multiple == 4
