@@ -24,6 +24,7 @@ from launchers.screen import conclude, screen
 from launchers.state import UNFINISHED, Queue
 from launchers.table import make_console, progress, say, tally
 from pipeline.config import Config
+from pipeline.store import AlreadyRunning, RunDirectory
 from pipeline.worker import SHUTDOWN_TIMEOUT_S, STOP_GRACE_S, signal_name, threads_per_rank
 
 POLL_S = 0.1
@@ -49,7 +50,10 @@ def run_plan(plan: Plan, command: Command = worker_command, known: bool = False)
         return 2
     queue = queue_of(point.directory.status() for point in plan.valid)
     states = [state(point, queue) for point in plan.points]
-    freeze([point for point, s in zip(plan.points, states, strict=True) if s in UNFINISHED])
+    todo = [point for point, s in zip(plan.points, states, strict=True) if s in UNFINISHED]
+    freeze(todo)
+    for point in todo:
+        _expect(point.directory)
     if not known:
         manifest.write(plan, "local")
     console.print()
@@ -220,6 +224,15 @@ def stop_signal() -> Iterator[StopSignal]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _expect(run: RunDirectory) -> None:
+    """Says that it waits to run, so that it can be cancelled, whatever became of it before. The error of then
+    stays until it begins."""
+    with contextlib.suppress(AlreadyRunning), run.lock():
+        status = run.status()
+        if status and status.state not in ("PENDING", "DONE"):  # the latter: by somebody else, just now
+            run.update_status(state="PENDING", job=None, exit_code=None)
 
 
 def run_of(point: Point) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from launchers import local
+from launchers.__main__ import main
 from launchers.local import run_plan
 from launchers.plan import Plan, freeze, state
 from launchers.screen import choose
@@ -120,6 +121,20 @@ def test_as_many_at_a_time_as_asked(home: Path, limit: int) -> None:
         running += change
         most = max(most, running)
     assert most == limit
+
+
+def test_a_cancelled_sweep_ends_though_its_runs_were_begun_before(home: Path) -> None:
+    """What waits to go on is as much cancelled as what waits to begin."""
+    p, stub = sweep(3), Stub(home, seconds=1)
+    freeze(p.points)
+    for point in p.points:
+        point.directory.update_status(state="FAILED", attempt=1, error="of before")
+    cancelled: list[int] = []
+    thread = when_started(stub, 1, lambda: cancelled.append(main(["cancel", "s", "--pending", "--yes"])))
+    run_plan(p, stub)
+    thread.join()
+    assert cancelled == [0] and len(stub.runs()) == 1
+    assert sorted(states(home, p)) == ["CANCELLED", "CANCELLED", "DONE"]
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
