@@ -45,7 +45,7 @@ def logs(
     sweep: one for every run that failed."""
     found = standings(target)[0]
     if target.sweep is not None and len(found) > 1:
-        found = [standing for standing in found if standing.state in ("failed", "lost")]
+        found = [standing for standing in found if standing.unlucky]
         if not found and not as_json:
             say(console, f"No run of {target.name} failed. The log of one: python -m launchers logs RUN")
             return 0

@@ -93,6 +93,11 @@ class Standing:
     def directory(self) -> RunDirectory:
         return RunDirectory(home() / "runs" / self.run)
 
+    @property
+    def unlucky(self) -> bool:
+        """Whether it failed, or its job ended without a word of it, perhaps before it began."""
+        return self.state in ("failed", "lost") or (self.state == "new" and self.job is not None)
+
 
 def standings(target: Target) -> tuple[list[Standing], str | None]:
     """Of every run, by state; and what keeps the scheduler from being asked, if anything does."""
@@ -164,8 +169,8 @@ def _standing(
 
 
 def _with_last_words(found: list[Standing], queue: Queue | None) -> list[Standing]:
-    """Lost runs with what the scheduler remembers of their jobs."""
-    lost = {standing.run: standing.job for standing in found if standing.state == "lost" and standing.job}
-    words = scheduler.ended(list(lost.values())) if lost and queue is not None else {}
-    notes = {run: f"job {job} ended: {words.get(job, 'no longer in the queue')}" for run, job in lost.items()}
+    """Runs whose jobs ended without a word of them, with what the scheduler remembers of these."""
+    gone = {s.run: s.job for s in found if s.unlucky and s.state != "failed" and s.job}
+    words = scheduler.ended(list(gone.values())) if gone and queue is not None else {}
+    notes = {run: f"job {job} ended: {words.get(job, 'no longer in the queue')}" for run, job in gone.items()}
     return [replace(standing, note=notes.get(standing.run, standing.note)) for standing in found]

@@ -83,7 +83,7 @@ def ls(console: Console, as_json: bool) -> int:
 
 
 def status(console: Console, target: Target, as_json: bool) -> int:
-    """One line a run, by state. The exit code is 1 when some run failed or was lost."""
+    """One line a run, by state. The exit code is 1 when some run failed, or its job ended without a word."""
     found, problem = standings(target)
     if as_json:
         console.print(json.dumps(to_json(target, found, problem), indent=1), soft_wrap=True)
@@ -221,7 +221,7 @@ def _table(console: Console, target: Target, found: Sequence[Standing]) -> Text:
 
 def _show_next(console: Console, target: Target, found: Sequence[Standing]) -> None:
     states = {standing.state for standing in found}
-    failed = [s for s in found if s.state in ("failed", "lost")]
+    failed = [standing for standing in found if standing.unlucky]
     console.print()
     if failed:
         show_launchers(console, failed[0].run, "logs")
@@ -234,7 +234,7 @@ def _show_next(console: Console, target: Target, found: Sequence[Standing]) -> N
 
 
 def _exit_code(found: Sequence[Standing]) -> int:
-    return 1 if any(standing.state in ("failed", "lost") for standing in found) else 0
+    return 1 if any(standing.unlucky for standing in found) else 0
 
 
 def _summary(found: Sequence[Standing]) -> str:

@@ -152,6 +152,23 @@ def test_the_exit_code_says_whether_a_run_failed_or_was_lost(
     assert call("status", "s") == code
 
 
+def test_jobs_that_ended_before_their_runs_began_are_told_of(
+    here: Path, slurm: Scheduler, capsys: Read
+) -> None:
+    """As all do where launch.setup names a module that the nodes do not have."""
+    made_up.sweep(here, "s", {"a0": {"seed": "0"}, "b0": {"seed": "1"}})
+    of_jobs = here / "sweeps/s/slurm/s.1"
+    of_jobs.mkdir(parents=True)
+    for number, run in enumerate(("a0", "b0")):
+        made_up.run(here, run, job=f"12_{number}")
+        (of_jobs / f"12_{number}_0_log.out").write_text("module: no such module\n")
+    slurm.answers("sacct", "echo '12_0|FAILED'; echo '12_1|FAILED'")
+    runs = told(capsys, "status", "s", code=1)["runs"]
+    assert {one["state"] for one in runs} == {"new"} and runs[0]["note"] == "job 12_0 ended: FAILED"
+    assert call("watch", "s") == 1 and "logs: " in capsys.readouterr().out
+    assert call("logs", "s") == 0 and "no such module" in capsys.readouterr().out
+
+
 def test_a_lost_run_of_a_cluster_without_accounting(
     every: dict[str, Path], slurm: Scheduler, capsys: Read
 ) -> None:
