@@ -255,7 +255,7 @@ def _sbatch(sweep: str, batch: Batch, code: Path) -> list[str]:
 
 def _sbatch_report(sweep: str, name: str, shape: Shape, code: Path, after: Sequence[str]) -> str:
     parameters = {
-        "time": REPORT_MINUTES,
+        "time": min(REPORT_MINUTES, shape.minutes),  # a partition may allow no more
         "dependency": f"afterany:{':'.join(after)}",
         "setup": list(shape.setup),
         **{key: getattr(shape, key) for key in ("partition", "qos", "account") if getattr(shape, key)},

@@ -37,7 +37,13 @@ CASES = {
             'launch.sbatch=["reservation=week",exclusive]',
         ],
     ],
-    "packed_on_cpus": ["parallel=ddp", "seed=range(5)", "launch.pack=2", "launch.device=cpu"],
+    "packed_on_cpus": [
+        "parallel=ddp",
+        "seed=range(5)",
+        "launch.pack=2",
+        "launch.device=cpu",
+        "launch.minutes=15",
+    ],
 }
 
 
