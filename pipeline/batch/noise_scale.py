@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Schedule(Adaptive):
     """b = V/(c² D). `batch.norm=l2`: V = tr Σ and D = |G|², or ‖g‖² with `batch.signal=plain`, as
     Naganuma et al. compute it; then c is the norm test's η. `l1`: V = (Σ_k σ_k)² and D = ‖g‖₁² over the
-    coordinates k, theirs for optimizers that step by signs.
+    coordinates k, theirs for optimizers that step by signs; σ_k of few ranks is rid of its bias, which
+    their many micro-batches do not have.
     """
 
     settings = GUARDS | {"c", "norm", "signal", "estimator"}
