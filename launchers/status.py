@@ -151,11 +151,15 @@ def _poll(target: Target, show: Callable[[list[Standing], str | None], None]) ->
     """Shows the standings now and then: often while states change, else seldom."""
     interval_s = POLL_S[0]
     counts: dict[str, int] = {}
+    idle = False
     while True:
         found, problem = standings(target)
         show(found, problem)
-        if not any(standing.state in _ALIVE for standing in found):
+        states = {standing.state for standing in found}
+        # Of a sweep here the next run may be about to begin: that none does shows at the second look.
+        if not states & set(_ALIVE) and (idle or "new" not in states):
             return found
+        idle = not states & set(_ALIVE)
         changed = _counts(found) != counts
         interval_s = POLL_S[0] if changed else min(POLL_S[1], 1.25 * interval_s)
         counts = _counts(found)

@@ -435,6 +435,29 @@ def test_watching_ends_when_nothing_runs_or_waits(here: Path, slurm: Scheduler, 
     assert {"running": 1, "done": 1} in lines
 
 
+def test_watching_does_not_end_between_two_runs_of_a_sweep_here(
+    here: Path, capsys: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One has ended, and the process of the next has not come to its run yet."""
+    monkeypatch.setattr(status, "POLL_S", (0.5, 0.5))
+    made_up.sweep(here, "s", {"a0": {"seed": "0"}, "b0": {"seed": "1"}}, "local")
+    made_up.run(here, "a0", "DONE", 1000)
+    second = made_up.run(here, "b0")
+
+    def start() -> None:
+        time.sleep(0.25)
+        with RunDirectory(second).lock():
+            made_up.change_status(second, state="RUNNING")
+            time.sleep(1)
+            made_up.change_status(second, state="DONE")
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    assert call("watch", "s", "--json") == 0
+    thread.join()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["states"] == {"done": 2}
+
+
 def test_watching_outlasts_a_job_that_queues_itself_again(here: Path, slurm: Scheduler, capsys: Read) -> None:
     made_up.sweep(here, "s", {"a0": {}})
     directory = made_up.run(here, "a0", "PREEMPTED", 500, job="1")
