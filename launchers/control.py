@@ -42,7 +42,7 @@ def cancel(
             raise ConfigError(f"cancel {target.name}: {what}. Nobody is here to confirm it: add --yes")
         if not confirm(console, f"Cancel {what} of {target.name}?"):
             return REFUSED
-    with manifest.only_submitter(console):
+    with manifest.only_submitter():
         _end_waiting(waiting)  # first, lest the scheduler starts them in the place of those that end
     if running and not now and not as_json:
         say(console, f"{len(running)} stop at their next step, with a checkpoint …")

@@ -22,10 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from launchers.plan import Plan, command_line
-from launchers.table import say
+from launchers.table import make_console, say
 from pipeline.config import ConfigError, did_you_mean
 from pipeline.store import home, try_lock, write_atomically
 
@@ -182,7 +180,7 @@ def _alone(directory: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_submitter(console: Console) -> Iterator[None]:
+def only_submitter() -> Iterator[None]:
     """Two submissions at once would both find that a run is not queued yet. Raises ConfigError when another
     one does not come to its end."""
     lock = home() / "sweeps" / "lock"
@@ -194,6 +192,7 @@ def only_submitter(console: Console) -> Iterator[None]:
             if time.monotonic() > deadline:
                 raise ConfigError(f"{lock}: still held after {_PATIENCE_S} s by {file.read().strip()}")
             if not told:
+                console = make_console(stderr=True)  # what is printed for programs is nothing else
                 say(console, f"Waiting for another submission ({file.read().strip()}) …")
                 told = True
             time.sleep(0.1)

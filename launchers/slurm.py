@@ -78,7 +78,7 @@ def submit(console: Console, plan: Plan, known: bool = False) -> int:
             f"hydra/launcher=slurm: there is no sbatch on {socket.gethostname()}. Submit from a machine of "
             f"the cluster, or use hydra/launcher=local"
         )
-    with manifest.only_submitter(console):
+    with manifest.only_submitter():
         _finish_interrupted(console)
         states = _states(plan.points)
     console.print()
@@ -89,7 +89,7 @@ def submit(console: Console, plan: Plan, known: bool = False) -> int:
         show_shapes(console, shapes, Rates(), earliest_starts(plan.name, shapes))
         if not _confirmed(console, todo, shapes):
             return REFUSED
-    with manifest.only_submitter(console):
+    with manifest.only_submitter():
         # Somebody may have been quicker.
         todo = [point for point, s in zip(todo, _states(todo), strict=True) if s in UNFINISHED]
         code = snapshot.take(manifest.path(plan.name).parent / "code") if todo else None

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from launchers import control, local, logs, status
+from launchers import control, local, logs, manifest, status
 from launchers.__main__ import main
 from launchers.local import run_plan
 from launchers.plan import freeze
@@ -729,6 +729,24 @@ def test_runs_that_share_the_job_of_a_cancelled_one_keep_it(here: Path, slurm: S
     assert call("cancel", name, "--yes") == 0
     assert slurm.asked("scancel") == []
     assert [made_up.status(run)["state"] for run in runs] == ["CANCELLED", "PENDING"]
+
+
+def test_what_is_printed_for_programs_is_nothing_else(here: Path, capsys: Read) -> None:
+    """Also when another submission must be waited for."""
+    made_up.sweep(here, "s", {"a0": {}}, "local")
+    made_up.run(here, "a0")
+    held = threading.Event()
+
+    def submit() -> None:
+        with manifest.only_submitter():
+            held.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=submit)
+    thread.start()
+    held.wait()
+    assert told(capsys, "cancel", "s", "--yes")["cancelled"] == ["a0"]
+    thread.join()
 
 
 def test_nobody_to_confirm(
