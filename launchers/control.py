@@ -122,12 +122,16 @@ def _in_its_sweep(target: Target) -> Target:
 def _cancel_jobs(found: Sequence[Standing]) -> None:
     """Not those that they share with other runs: such a job passes over runs that are cancelled, and a stop
     file ends those that it has begun."""
+    if not found:
+        return
     runs = {standing.run for standing in found}
     # Of all sweeps: a run may be named alone, and its job be another sweep's.
-    sweeps = manifest.names() if any(standing.job for standing in found) else []
-    batches = [batch for sweep in sweeps for batch in manifest.load(sweep)["jobs"]]
+    batches = [batch for sweep in manifest.names() for batch in manifest.load(sweep)["jobs"]]
     packs = {id_: pack for b in batches for id_, pack in zip(b["ids"] or [], b["runs"], strict=False)}
-    jobs = {s.job for s in found if s.job and runs.issuperset(packs.get(s.job, [s.run]))}
+    # Of an interrupted submission a run may not know its job yet, which is on hold.
+    held = {id_ for b in batches if not b["released"] for id_ in b["ids"] or [] if id_ in packs}
+    mine = {s.job for s in found if s.job} | (held & (scheduler.queue(held) or {}).keys())
+    jobs = {id_ for id_ in mine if runs.issuperset(packs.get(id_, ()))}
     if jobs:
         scheduler.cancel(sorted(jobs))
 

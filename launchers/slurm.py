@@ -288,9 +288,12 @@ def _release(sweep: str, names: Sequence[str]) -> None:
         for runs, id_ in zip(job["runs"], job["ids"], strict=job["kind"] == "runs")
         for run in runs
     ]
-    queue = scheduler.queue_of(run.status() for run, _ in mine) or {}
+    told = [status.job for run, _ in mine if (status := run.status()) and status.job]
+    queue = scheduler.queue([*told, *(id_ for _, id_ in mine)]) or {}
     for run, id_ in mine:
         status = run.status()
+        if status and status.state == "CANCELLED" and id_ not in queue:
+            continue  # since the submission was interrupted, and its job with it
         # A job in the queue may have no more to do with it: it shares the job with others, or just ended.
         elsewhere = status and status.job in queue and run_state(run, status, queue) not in UNFINISHED
         if status and (status.state == "DONE" or status.job == id_ or elsewhere):

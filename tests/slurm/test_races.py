@@ -102,6 +102,22 @@ def test_another_sweep_settles_an_interrupted_one_and_a_done_run_stays_done(
     assert states([run]) == [("DONE", 1)]
 
 
+def test_what_was_cancelled_after_an_interrupted_submission_stays_so(
+    cluster: Cluster, sweep: Sweep, tmp_path: Path
+) -> None:
+    """When the run was not told of its job yet: the next submission, of whatever sweep, finds the job."""
+    submit_and_die(sweep, tmp_path)
+    (run,) = sweep.runs
+    run.update_status(job=None)
+    sweep.launchers("cancel", "s", "--yes")
+    sweep.submit(SHORT, "seed=1", "sweep.name=other")
+    sweep.wait(cluster)
+    assert states([run]) == [("CANCELLED", 0)]
+    sweep.launchers("resume", "s")
+    sweep.wait(cluster)
+    assert states([run]) == [("DONE", 1)]
+
+
 def test_packed_runs_are_preempted_together_and_cancelled_apart(
     cluster: Cluster, sweep: Sweep, train_here: Callable[..., RunDirectory]
 ) -> None:
