@@ -51,23 +51,25 @@ def logs(
             return 0
         if follow:
             raise ConfigError("-f: follows one run. python -m launchers logs -f RUN")
-    chosen, missing = [], []
+    chosen, missing = [], {}
     for standing in found:
         try:
             chosen.append((standing, choose(standing.directory, rank, attempt)))
         except ConfigError as error:
-            missing.append(str(error))
+            missing[standing.run] = str(error)
     if missing and not chosen:
-        raise ConfigError(*missing)
+        raise ConfigError(*missing.values())
     if as_json:
         told = [{"run": s.run, **asdict(log), "path": str(log.path), "text": log.end()} for s, log in chosen]
+        nothing = dict.fromkeys(("path", "attempt", "rank", "text"))
+        told += [{"run": run, **nothing} for run in missing]
         console.print(json.dumps(told, indent=1), soft_wrap=True)
         return 0
     for alike in _by_error(chosen):
         _show(console, *alike[0])
         if others := [standing.run for standing, _ in alike[1:]]:
             say(console, f"The same of {len(others)} more: {' '.join(others)}")
-    say(console, *missing)
+    say(console, *missing.values())
     if follow:
         _follow(console, target, chosen[0][1], rank)
     return 0

@@ -484,6 +484,13 @@ def log(directory: Path, name: str, text: str) -> Path:
     return file
 
 
+def test_a_run_without_a_log_is_told_of_to_programs_too(every: dict[str, Path], capsys: Read) -> None:
+    log(every["failed"], "attempt-1.rank-0.log", "I am failed\n")
+    answer = {one["run"]: one for one in told(capsys, "logs", "s")}
+    assert answer["f0"]["text"] == "I am failed\n"
+    assert answer["10"]["path"] is answer["10"]["text"] is None
+
+
 TRACEBACK = "Traceback (most recent call last):\n  line 7\nValueError: loss is NaN\n"
 
 
